@@ -1,0 +1,1 @@
+"""Replicas, their engines and the router, as plain classes; Ray wraps them in `cluster`."""

@@ -1,0 +1,171 @@
+"""What every engine offers, whichever it is: requests in, token chunks out.
+
+A replica owns one engine and knows it only through these types, so the embedded PyTorch engine and
+TensorRT-LLM can stand in for each other.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from shared_cache.hashing import ReuseScope
+from shared_cache.namespace import Namespace
+from shared_cache.staging import SharedCache
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; temperature 0 is greedy.
+
+    Random draws depend only on `seed` and the token's position in the whole sequence, so a request
+    that continues on another replica draws the same tokens. Without a seed the request gets one.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt to continue.
+
+    `num_output_so_far` counts the tokens at the end of `prompt_token_ids` that another replica has
+    generated already (mid-stream failover): they count against `max_tokens` and belong to the text
+    that stop strings are looked for in, but are not sent again.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    scope: ReuseScope = field(default_factory=ReuseScope)
+    num_output_so_far: int = 0
+
+    def continued(self, new_tokens: tuple[int, ...]) -> "GenerationRequest":
+        """This request as another replica has to take it up after `new_tokens` came out."""
+        return replace(
+            self,
+            prompt_token_ids=self.prompt_token_ids + new_tokens,
+            num_output_so_far=self.num_output_so_far + len(new_tokens),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Where the tokens of one prompt came from; the four sum to `prompt_tokens`."""
+
+    prompt_tokens: int
+    device: int
+    host: int
+    shared: int
+    computed: int
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens whose prefill was skipped."""
+        return self.device + self.host + self.shared
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """What came out of one engine turn for one request, in order.
+
+    `text` is the text that these tokens complete (a token may complete none yet). `num_accepted`
+    of the tokens were drafted by n-gram look-up and confirmed. The first chunk carries the receipt,
+    the last one `finish_reason`. `queue_s` and `prefill_s` are set with the receipt: seconds from
+    arrival at the engine to the first turn, and from there to the first token.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    num_accepted: int = 0
+    finish_reason: FinishReason | None = None
+    receipt: Receipt | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheStats:
+    """An engine's cache counters since its start, with TensorRT-LLM's names in `as_dict`.
+
+    A prompt block is reused when its KV was not computed for this request, whichever tier it came
+    from; missed when it was. Only full blocks count.
+    """
+
+    max_num_blocks: int
+    free_num_blocks: int
+    used_num_blocks: int
+    tokens_per_block: int
+    alloc_total_blocks: int
+    alloc_new_blocks: int
+    reused_blocks: int
+    missed_blocks: int
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Reused blocks over reused and missed ones; 0 before the first prompt."""
+        total = self.reused_blocks + self.missed_blocks
+        return self.reused_blocks / total if total else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """The `kvCacheStats` object of TensorRT-LLM's iteration statistics."""
+        return {
+            "maxNumBlocks": self.max_num_blocks,
+            "freeNumBlocks": self.free_num_blocks,
+            "usedNumBlocks": self.used_num_blocks,
+            "tokensPerBlock": self.tokens_per_block,
+            "allocTotalBlocks": self.alloc_total_blocks,
+            "allocNewBlocks": self.alloc_new_blocks,
+            "reusedBlocks": self.reused_blocks,
+            "missedBlocks": self.missed_blocks,
+            "cacheHitRate": self.cache_hit_rate,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of one engine. Token counts are since its start."""
+
+    kv_cache: KvCacheStats
+    num_waiting: int
+    num_running: int
+    prefill_tokens: int
+    generated_tokens: int
+    accepted_draft_tokens: int
+    proposed_draft_tokens: int
+    num_turns: int
+
+
+class Engine(Protocol):
+    """One model on one device or group of devices."""
+
+    namespace: Namespace
+    """What the bytes of this engine's blocks mean."""
+
+    cache: SharedCache | None
+    """What the replica stages prefixes with; None when the engine shares nothing."""
+
+    max_total_tokens: int
+    """The longest prompt plus output that fits the model and the pool, in tokens."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Stream the continuation; closing the iterator aborts the request.
+
+        Raises `RequestError` before the first chunk when the request can never be served.
+        The receipt here tells `device`, `host` (everything loaded by the connector) and
+        `computed`; the replica, which staged the prefix, splits `host` into host and shared.
+        """
+
+    def stats(self) -> EngineStats:
+        """A snapshot; cheap."""
+
+    def close(self) -> None:
+        """Stop, abort what runs, and free the pool."""

@@ -1,0 +1,1 @@
+"""The host tier: verified blocks in this node's memory."""

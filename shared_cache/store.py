@@ -1,0 +1,150 @@
+"""The shared tier's interface, and its smallest implementation.
+
+A store keeps *runs* of consecutive blocks, not single blocks: a new file or object costs about a
+millisecond however small it is, so one object per block would be several times slower to write
+than the medium allows. Blocks are immutable and content-named: a second write of the same block
+is a no-op, and concurrent writers need no lock.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shared_cache.hashing import BlockHash
+from shared_cache.namespace import Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRun:
+    """Consecutive blocks of one chain with their bytes.
+
+    `parent` is the hash before the first block, so `hashes[i]`'s parent is `hashes[i - 1]`.
+    Each payload is one block, exactly `namespace.layout.block_bytes` long and contiguous; stores
+    read the buffers and never keep them.
+    """
+
+    parent: BlockHash
+    hashes: tuple[BlockHash, ...]
+    payloads: tuple[memoryview, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.hashes) != len(self.payloads):
+            raise ValueError(f"{len(self.hashes)} hashes but {len(self.payloads)} payloads")
+
+    def tail(self, start: int) -> "BlockRun":
+        """This run without its first `start` blocks."""
+        parent = self.hashes[start - 1] if start else self.parent
+        return BlockRun(parent, self.hashes[start:], self.payloads[start:])
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """One stored object as listing shows it; `num_bytes` is its size in the store."""
+
+    name: str
+    parent: BlockHash
+    hashes: tuple[BlockHash, ...]
+    num_bytes: int
+
+
+class BlockStore(ABC):
+    """Keeps verified blocks of one namespace; safe to use from several threads and processes.
+
+    Faults of the medium raise `StoreError`. Objects that are corrupt, cut short, foreign or gone
+    never raise: they are misses. Nothing here is called from an engine's step.
+    """
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.namespace = namespace
+
+    @abstractmethod
+    def match(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of `hashes` are stored; moves no payload bytes.
+
+        Sees what other processes have written. A promise about the names only: `read_into` may
+        still find fewer good blocks.
+        """
+
+    @abstractmethod
+    def read_into(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> int:
+        """Fill `buffers[i]` with block `hashes[i]`, checksums verified; the number of leading ones.
+
+        Buffers beyond the returned count hold undefined bytes. Each buffer is writable,
+        contiguous and `block_bytes` long; else `ValueError`.
+        """
+
+    @abstractmethod
+    def write(self, run: BlockRun) -> int:
+        """Store the blocks of `run` that are missing, all or nothing; how many were written.
+
+        Raises `StoreReadOnlyError`, `StoreFullError` or another `StoreError`; readers then see
+        what was there before.
+        """
+
+    @abstractmethod
+    def entries(self) -> Iterator[StoredRun]:
+        """Every readable object of this namespace, by listing; order is undefined."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove one object by its name as `entries` gave it; one that is gone is no error."""
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing that needs closing
+        """Give back threads and connections; the store is not used afterwards."""
+
+    def check_buffers(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> None:
+        """Raise `ValueError` unless there is one block-sized buffer for every hash."""
+        if len(hashes) != len(buffers):
+            raise ValueError(f"{len(hashes)} hashes but {len(buffers)} buffers")
+        expected = self.namespace.layout.block_bytes
+        for buffer in buffers:
+            if buffer.nbytes != expected:
+                raise ValueError(f"a buffer has {buffer.nbytes} bytes; a block has {expected}")
+
+
+class MemoryBlockStore(BlockStore):
+    """A store in this process's memory: the reference the others are tested against."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__(namespace)
+        self._lock = threading.Lock()
+        self._blocks: dict[BlockHash, tuple[BlockHash, bytes]] = {}
+
+    def match(self, hashes: Sequence[BlockHash]) -> int:
+        """See `BlockStore.match`."""
+        with self._lock:
+            return next((i for i, h in enumerate(hashes) if h not in self._blocks), len(hashes))
+
+    def read_into(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> int:
+        """See `BlockStore.read_into`."""
+        self.check_buffers(hashes, buffers)
+        for index, (block_hash, buffer) in enumerate(zip(hashes, buffers, strict=True)):
+            with self._lock:
+                entry = self._blocks.get(block_hash)
+            if entry is None:
+                return index
+            buffer.cast("B")[:] = entry[1]
+        return len(hashes)
+
+    def write(self, run: BlockRun) -> int:
+        """See `BlockStore.write`."""
+        self.check_buffers(run.hashes, run.payloads)
+        parents = (run.parent, *run.hashes)
+        with self._lock:
+            before = len(self._blocks)
+            for parent, block_hash, payload in zip(parents, run.hashes, run.payloads, strict=False):
+                self._blocks.setdefault(block_hash, (parent, bytes(payload)))
+            return len(self._blocks) - before
+
+    def entries(self) -> Iterator[StoredRun]:
+        """See `BlockStore.entries`; every block is a run of its own."""
+        with self._lock:
+            blocks = list(self._blocks.items())
+        for block_hash, (parent, payload) in blocks:
+            yield StoredRun(block_hash.hex(), parent, (block_hash,), len(payload))
+
+    def delete(self, name: str) -> None:
+        """See `BlockStore.delete`."""
+        with self._lock:
+            self._blocks.pop(BlockHash(bytes.fromhex(name)), None)
