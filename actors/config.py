@@ -52,7 +52,8 @@ class EngineConfig(Settings):
         block = self.kv_cache_config.tokens_per_block
         if self.max_num_tokens < block:
             raise ValueError(
-                f"max_num_tokens ({self.max_num_tokens}) must be at least tokens_per_block ({block})"
+                f"max_num_tokens ({self.max_num_tokens}) is below tokens_per_block ({block}); "
+                "raise it to at least that"
             )
         return self
 

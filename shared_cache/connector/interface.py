@@ -73,7 +73,7 @@ class KvCacheConnectorWorker(Protocol):
     """The worker side, one per rank. `stream` is a CUDA stream, or None on a CPU."""
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
-        """The pool: `[num_blocks, ...]`, each block contiguous; called once, before the first turn."""
+        """The pool: `[num_blocks, ...]`, each block contiguous; called once, at start."""
 
     def bind_connector_meta(self, metadata: object) -> None:
         """This turn's result of `build_connector_meta`."""
