@@ -8,14 +8,28 @@ leased. Any fault of any store is then a shorter prefix, never an exception in t
 Saves go the other way in the background, through a bounded queue that drops under pressure.
 """
 
-from collections.abc import Sequence
+import atexit
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shared_cache.config import CacheConfig
+from shared_cache.errors import ConfigError, StoreError
+from shared_cache.faults import Clock, FaultLog, StoreGuard
+from shared_cache.fetching import Fetcher
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostStats, HostTier
+from shared_cache.host.local import LocalHostTier
 from shared_cache.namespace import Namespace
+from shared_cache.saving import SaveCounts, SaveQueue
 from shared_cache.store import BlockStore
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,13 @@ class StagedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counters of one replica's cache since its start; all but `host` only grow."""
+    """Counters of one replica's cache since its start.
+
+    All but `host` and `pending_saves` only grow.
+    `fetch_s` are the seconds in which at least one read of the shared tier was under way.
+    `saved_blocks` were written (those that the store had already do not count), `dropped_saves` and
+    `pending_saves` are blocks too. `deadline_misses` are requests that ran out of time.
+    """
 
     host: HostStats
     staged_blocks: int
@@ -53,11 +73,37 @@ class CacheStats:
 
 
 class SharedCache:
-    """One replica's view of the cache: a host tier, the shared tier behind it, and what moves."""
+    """One replica's view of the cache: a host tier, the shared tier behind it, and what moves.
 
-    def __init__(self, host: HostTier, store: BlockStore | None, config: CacheConfig) -> None:
+    Thread-safe. Call `close` at the end; the interpreter's exit does it for those who forget.
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        store: BlockStore | None,
+        config: CacheConfig,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self.host = host
-        raise NotImplementedError
+        self._store = store
+        self._default_deadline_s = config.staging_deadline_s
+        self._lock = threading.Lock()
+        self._staged_blocks = 0
+        self._deadline_misses = 0
+        self._faults = FaultLog(logger, clock)
+        self._fetcher: Fetcher | None = None
+        self._saves: SaveQueue | None = None
+        self._lost_saves = 0
+        if store is not None:
+            reads, writes = (
+                StoreGuard(f"the shared tier ({verb})", config.store_timeout_s, self._faults, clock)
+                for verb in ("reading", "writing")
+            )
+            self._fetcher = Fetcher(host, store, reads, config.io_threads)
+            if not store.read_only:
+                self._saves = SaveQueue(host, store, writes, config.save_queue_bytes)
+        atexit.register(self.close)
 
     def stage(self, hashes: Sequence[BlockHash], deadline_s: float | None = None) -> StagedPrefix:
         """Bring the leading blocks of `hashes` into host memory and lease them.
@@ -66,31 +112,96 @@ class SharedCache:
         arrived by then keeps coming in the background for a later request. Concurrent calls fetch
         a block once. Never raises for a fault of the store. Release with `release`.
         """
-        raise NotImplementedError
+        lease = self.host.lease(hashes)
+        fetched: frozenset[int] = frozenset()
+        if self._fetcher is not None and len(lease.slots) < len(hashes):
+            wait_s = self._default_deadline_s if deadline_s is None else deadline_s
+            lease, fetched = self._fetch(self._fetcher, lease, hashes, time.monotonic() + wait_s)
+        with self._lock:
+            self._staged_blocks += len(lease.slots)
+        return StagedPrefix(lease, fetched)
 
     def release(self, staged: StagedPrefix) -> None:
         """End the lease of `stage`; a second release is a no-op."""
-        raise NotImplementedError
+        self.host.release(staged.lease)
+
+    def reserve(self, num_blocks: int) -> tuple[int, ...]:
+        """Host slots to write up to `num_blocks` blocks into for `save`; never waits.
+
+        Blocks for which there is no slot are counted as dropped. Give unused slots back with
+        `host.cancel`.
+        """
+        slots = self.host.reserve(num_blocks)
+        with self._lock:
+            self._lost_saves += num_blocks - len(slots)
+        return slots
 
     def save(self, slots: Sequence[int], parent: BlockHash, hashes: Sequence[BlockHash]) -> None:
         """Take reserved, written host slots: publish them and write them to the shared tier.
 
-        Returns at once and never raises; under pressure the write is dropped and counted, the
-        blocks stay in host memory.
+        Returns at once and never raises for a fault of the store; under pressure the write is
+        dropped and counted, the blocks stay in host memory.
         """
-        raise NotImplementedError
+        lease = self.host.commit(slots, hashes)
+        if self._saves is None:
+            self.host.release(lease)
+        else:
+            self._saves.put(lease, parent, hashes)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every queued save is written; False when time ran out."""
-        raise NotImplementedError
+        return self._saves is None or self._saves.flush(timeout_s)
 
     def stats(self) -> CacheStats:
         """A snapshot; cheap."""
-        raise NotImplementedError
+        host = self.host.stats()
+        fetched = self._fetcher.fetched_blocks if self._fetcher else 0
+        saves = self._saves.counts if self._saves else SaveCounts(0, 0, 0)
+        with self._lock:
+            return CacheStats(
+                host=host,
+                staged_blocks=self._staged_blocks,
+                fetched_blocks=fetched,
+                fetched_bytes=fetched * host.block_bytes,
+                fetch_s=self._fetcher.busy_s if self._fetcher else 0.0,
+                deadline_misses=self._deadline_misses,
+                saved_blocks=saves.saved,
+                saved_bytes=saves.saved * host.block_bytes,
+                dropped_saves=saves.dropped + self._lost_saves,
+                store_faults=self._faults.num_faults,
+                pending_saves=saves.pending,
+            )
 
     def close(self) -> None:
-        """Stop the threads; queued saves are dropped (call `flush` before)."""
-        raise NotImplementedError
+        """Stop the threads and close the store; queued saves are dropped (call `flush` before)."""
+        atexit.unregister(self.close)
+        with self._lock:
+            store, self._store = self._store, None
+        if self._saves is not None:
+            self._saves.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
+        if store is not None:
+            store.close()
+
+    def _fetch(
+        self, fetcher: Fetcher, held: HostLease, hashes: Sequence[BlockHash], deadline_s: float
+    ) -> tuple[HostLease, frozenset[int]]:
+        """Fetch what `held` lacks; one lease over all that is there in the end, and what came.
+
+        The new lease is taken before the old ones end, so nothing is evicted in between.
+        """
+        start = len(held.slots)
+        tickets = fetcher.join(hashes[start:])
+        is_decided = fetcher.wait(tickets, deadline_s)
+        lease = self.host.lease(hashes)
+        delivered = fetcher.leave(tickets)
+        self.host.release(held)
+        if not is_decided:
+            with self._lock:
+                self._deadline_misses += 1
+        waited_for = range(start, len(lease.slots))
+        return lease, frozenset(i for i in waited_for if hashes[i] in delivered)
 
 
 def open_cache(config: CacheConfig, namespace: Namespace) -> SharedCache:
@@ -100,4 +211,51 @@ def open_cache(config: CacheConfig, namespace: Namespace) -> SharedCache:
     or is not a place to write to (the text says how to mend it). A store that may only be read
     is used for reading, with a warning.
     """
-    raise NotImplementedError
+    host = LocalHostTier(config.host_bytes, namespace.layout.block_bytes)
+    store = None if config.store is None else _open_store(config.store, namespace, config)
+    if store is not None and store.read_only:
+        logger.warning(
+            "cache.store %s may only be read: new blocks stay on this machine", config.store
+        )
+    return SharedCache(host, store, config)
+
+
+def _open_store(url: str, namespace: Namespace, config: CacheConfig) -> BlockStore:
+    # Imported here so that a cache without a shared tier does not load fsspec.
+    from shared_cache.fs_store import open_store
+
+    try:
+        return _within(
+            config.store_timeout_s, lambda: open_store(url, namespace, config.store_options)
+        )
+    except TimeoutError as error:
+        raise ConfigError(
+            f"cache.store {url} did not answer within {config.store_timeout_s:g} s; check the "
+            "address and the network, raise cache.store_timeout_s, or set cache.store to null"
+        ) from error
+    except StoreError as error:
+        raise ConfigError(
+            f"cache.store {url} cannot be used: {error}; mend it, or set cache.store to null to "
+            "share nothing beyond this replica"
+        ) from error
+
+
+def _within(timeout_s: float, call: Callable[[], T]) -> T:
+    """The result of `call`; `TimeoutError` when it takes longer, and it is left behind."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="kvcommons-open", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -55,6 +55,9 @@ class BlockStore(ABC):
     never raise: they are misses. Nothing here is called from an engine's step.
     """
 
+    read_only: bool = False
+    """True for a store that may be read but not written; nobody then tries to write."""
+
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
 
@@ -63,7 +66,9 @@ class BlockStore(ABC):
         """How many leading blocks of `hashes` are stored; moves no payload bytes.
 
         Sees what other processes have written. A promise about the names only: `read_into` may
-        still find fewer good blocks.
+        still find fewer good blocks. Pass a chain from its first block on, whatever of it is at
+        hand already: a store may find a run only by where it begins, and knows the inner blocks
+        of those runs (here and in `read_into`) that it has come across.
         """
 
     @abstractmethod
@@ -93,14 +98,18 @@ class BlockStore(ABC):
     def close(self) -> None:  # noqa: B027 - most stores hold nothing that needs closing
         """Give back threads and connections; the store is not used afterwards."""
 
-    def check_buffers(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> None:
-        """Raise `ValueError` unless there is one block-sized buffer for every hash."""
+    def check_buffers(
+        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], *, writable: bool = False
+    ) -> None:
+        """Raise `ValueError` unless there is one contiguous, block-sized buffer for every hash."""
         if len(hashes) != len(buffers):
             raise ValueError(f"{len(hashes)} hashes but {len(buffers)} buffers")
         expected = self.namespace.layout.block_bytes
         for buffer in buffers:
             if buffer.nbytes != expected:
                 raise ValueError(f"a buffer has {buffer.nbytes} bytes; a block has {expected}")
+            if not buffer.c_contiguous or (writable and buffer.readonly):
+                raise ValueError("a buffer is not contiguous, or read-only where bytes go into it")
 
 
 class MemoryBlockStore(BlockStore):
@@ -118,7 +127,7 @@ class MemoryBlockStore(BlockStore):
 
     def read_into(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> int:
         """See `BlockStore.read_into`."""
-        self.check_buffers(hashes, buffers)
+        self.check_buffers(hashes, buffers, writable=True)
         for index, (block_hash, buffer) in enumerate(zip(hashes, buffers, strict=True)):
             with self._lock:
                 entry = self._blocks.get(block_hash)

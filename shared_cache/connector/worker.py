@@ -1,0 +1,124 @@
+"""The connector's worker side: a turn's transfer plan becomes copies.
+
+Loads come from leased host slots, so they cannot miss; saves go to reserved host slots and from
+there, behind the engine's back, to the shared tier. Nothing here waits for a store. What it
+prevents: blocks of the wrong size written over a pool, and a forward pass over blocks that are
+still on their way.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from shared_cache.connector.copier import BlockCopier, BlockCopy, make_copier
+from shared_cache.connector.plan import SaveRun, TransferPlan
+from shared_cache.errors import ConfigError
+from shared_cache.faults import FaultLog
+from shared_cache.staging import SharedCache
+
+logger = logging.getLogger(__name__)
+
+ReservedRun = tuple[SaveRun, tuple[int, ...]]
+"""A run and the host slots for its leading blocks."""
+
+
+class SharedCacheWorker:
+    """Implements `KvCacheConnectorWorker` over one replica's cache.
+
+    All hooks are called on the engine's loop thread. Errors of saves are counted and logged, never
+    raised. An error of a load is raised: the engine counts those tokens as computed, and going on
+    would answer from garbage. As loads copy leased memory, only a broken device can cause one.
+    """
+
+    def __init__(self, cache: SharedCache) -> None:
+        self._cache = cache
+        self._faults = FaultLog(logger)
+        self._copier: BlockCopier | None = None
+        self._plan = TransferPlan()
+
+    @property
+    def connector_faults(self) -> int:
+        """Errors that were kept from the engine since the start."""
+        return self._faults.num_faults
+
+    def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        """Take the engine's pool, `[num_blocks, ...]`, one contiguous row per block.
+
+        Raises `ConfigError` when its blocks are not those of the cache's namespace.
+        """
+        if kv_cache_tensor.dim() < 2 or not kv_cache_tensor.is_contiguous():
+            raise ConfigError(
+                f"the KV pool must be contiguous with blocks first, not of shape "
+                f"{tuple(kv_cache_tensor.shape)} and strides {kv_cache_tensor.stride()}; "
+                "use the engine's default KV cache manager"
+            )
+        num_blocks = kv_cache_tensor.shape[0]
+        pool_block_bytes = kv_cache_tensor.nbytes // num_blocks
+        block_bytes = self._cache.host.stats().block_bytes
+        if pool_block_bytes != block_bytes:
+            raise ConfigError(
+                f"a block of the engine's KV pool has {pool_block_bytes} bytes, one of the cache's "
+                f"namespace {block_bytes}; set tokens_per_block and the KV dtype explicitly: the "
+                "engine may have replaced them (FlashMLA uses 64 tokens per block)"
+            )
+        rows = kv_cache_tensor.detach().view(num_blocks, -1).view(torch.uint8)
+        self._copier = make_copier(rows)
+
+    def bind_connector_meta(self, metadata: object) -> None:
+        """Take this turn's plan; anything else (an engine's warm-up) means nothing to do."""
+        self._plan = metadata if isinstance(metadata, TransferPlan) else TransferPlan()
+
+    def start_load_kv(self, stream: Any) -> None:
+        """Copy the plan's loads into the pool, ordered before the forward pass on `stream`."""
+        copies = [(self._cache.host.buffer(slot), block) for slot, block in self._plan.loads]
+        if self._copier is not None:
+            self._copier.load(copies, stream)
+        elif copies:
+            raise RuntimeError("start_load_kv before register_kv_caches")
+
+    def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
+        """Nothing: a block holds all layers, and `stream` waits for all of them."""
+
+    def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
+        """Nothing: a block holds all layers, so it is saved when the last one is computed."""
+
+    def wait_for_save(self, stream: Any) -> None:
+        """Start to save what the forward pass on `stream` completes; waits for no copy on CUDA."""
+        saves, self._plan = self._plan.saves, TransferPlan()
+        if saves and self._copier is not None:
+            with self._faults.caught("the save hook"):
+                self._save(self._copier, saves, stream)
+
+    def get_finished(
+        self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """Nothing: no load and no save outlives its turn as far as the engine is concerned."""
+        return [], []
+
+    def close(self) -> None:
+        """Finish the copies that are under way and let go of the pool."""
+        copier, self._copier = self._copier, None
+        if copier is not None:
+            copier.close()
+
+    def _save(self, copier: BlockCopier, saves: Sequence[SaveRun], stream: Any) -> None:
+        reserved: list[ReservedRun] = []
+        copies: list[BlockCopy] = []
+        try:
+            for run in saves:
+                slots = self._cache.reserve(len(run.device_blocks))
+                reserved.append((run, slots))
+                buffers = map(self._cache.host.buffer, slots)
+                copies += zip(buffers, run.device_blocks, strict=False)
+            copier.save(copies, stream, partial(self._publish, reserved))
+        except BaseException:
+            self._cache.host.cancel([slot for _, slots in reserved for slot in slots])
+            raise
+
+    def _publish(self, reserved: Sequence[ReservedRun]) -> None:
+        for run, slots in reserved:
+            if slots:
+                self._cache.save(slots, run.parent, run.hashes[: len(slots)])

@@ -1,0 +1,218 @@
+"""The stored format: readable by plain Arrow, stable over versions, and never wrong silently."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_cache import codec
+from shared_cache.errors import BlockFormatError, CorruptBlockError, ForeignBlockError
+from shared_cache.hashing import BlockHash
+from shared_cache.namespace import BlockLayout, Namespace
+from shared_cache.store import BlockRun
+from tests.shared_cache.fakes import NAMESPACE, chain_of, run_of
+
+GOLDEN_FILE = Path(__file__).parents[1] / "data" / "golden_run.arrow"
+GOLDEN_NAMESPACE = Namespace(
+    "golden", "0123abcd", "torch", BlockLayout(2, 2, 1, 4, 4, "float16"), tp_rank=1, tp_size=2
+)
+GOLDEN_HASHES = tuple(BlockHash(bytes([first]) * 32) for first in (0x11, 0x22, 0x33))
+GOLDEN_RUN = BlockRun(
+    BlockHash(bytes(32)),
+    GOLDEN_HASHES,
+    tuple(memoryview(bytes(range(first, first + 128))) for first in (0, 64, 128)),
+)
+SMALL = run_of(chain_of(2))
+
+
+def stored_bytes(run: BlockRun, namespace: Namespace = NAMESPACE) -> bytes:
+    return b"".join(codec.encode(namespace, run).parts)
+
+
+def good_blocks(data: bytes, namespace: Namespace = NAMESPACE) -> dict[BlockHash, bytes]:
+    """What a careful reader takes from `data`; raises `BlockFormatError` for a bad head."""
+    if (needed := codec.bytes_needed(data)) <= len(data):
+        needed = codec.bytes_needed(data[:needed])
+    head = codec.parse_head(data[:needed], namespace)
+    size = namespace.layout.block_bytes
+    blocks = {}
+    for row, (block_hash, checksum) in enumerate(zip(head.hashes, head.checksums, strict=True)):
+        start = head.payload_offset + row * size
+        payload = data[start : start + size]
+        if len(payload) == size and codec.verify(memoryview(payload), block_hash, checksum):
+            blocks[block_hash] = payload
+    return blocks
+
+
+def blocks_of(run: BlockRun) -> dict[BlockHash, bytes]:
+    return {h: bytes(p) for h, p in zip(run.hashes, run.payloads, strict=True)}
+
+
+def arrow_table(data: bytes) -> pa.Table:
+    reader = pa.ipc.open_file(pa.py_buffer(data))
+    assert reader.num_record_batches == 1
+    return reader.read_all()
+
+
+@st.composite
+def namespaces_and_runs(draw: st.DrawFn) -> tuple[Namespace, BlockRun]:
+    layout = BlockLayout(draw(st.integers(1, 5)), 1, 1, 1, draw(st.integers(1, 40)), "float16")
+    namespace = Namespace(draw(st.text(max_size=30)), "r", "fake", layout)
+    hashes = st.binary(min_size=32, max_size=32).map(BlockHash)
+    names = draw(st.lists(hashes, min_size=1, max_size=40))
+    size = layout.block_bytes
+    payloads = [draw(st.binary(min_size=1, max_size=1)) * size for _ in names]
+    return namespace, BlockRun(draw(hashes), tuple(names), tuple(map(memoryview, payloads)))
+
+
+@given(namespaces_and_runs())
+def test_round_trip_with_and_without_arrow(case: tuple[Namespace, BlockRun]) -> None:
+    namespace, run = case
+    encoded = codec.encode(namespace, run)
+    data = b"".join(encoded.parts)
+    assert codec.parse_head(data, namespace) == encoded.index
+    assert encoded.index.payload_offset == len(encoded.head)
+    assert len(encoded.head) % 4096 == 0
+    table = arrow_table(data)
+    assert table["hash"].to_pylist() == list(run.hashes) == list(encoded.index.hashes)
+    assert table["parent"].to_pylist() == [run.parent, *run.hashes[:-1]]
+    assert table["xxh3_64"].to_pylist() == list(encoded.index.checksums)
+    assert table["payload"].to_pylist() == [bytes(payload) for payload in run.payloads]
+
+
+def test_payloads_are_not_copied() -> None:
+    encoded = codec.encode(NAMESPACE, SMALL)
+    assert all(a is b for a, b in zip(encoded.parts[1:-1], SMALL.payloads, strict=True))
+
+
+def test_the_schema_says_what_a_person_needs() -> None:
+    schema = arrow_table(stored_bytes(SMALL)).schema
+    assert schema.names == ["hash", "parent", "xxh3_64", "payload"]
+    assert schema.types == [pa.binary(32), pa.binary(32), pa.uint64(), pa.binary(64)]
+    assert schema.metadata[b"kvcommons.format"] == b"1"
+    assert Namespace.from_json(schema.metadata[b"kvcommons.namespace"].decode()) == NAMESPACE
+    assert int(schema.metadata[b"kvcommons.num_blocks"]) == 2
+    assert int(schema.metadata[b"kvcommons.payload_offset"]) == 4096
+
+
+def test_an_object_of_the_first_version_stays_readable() -> None:
+    data = GOLDEN_FILE.read_bytes()
+    assert good_blocks(data, GOLDEN_NAMESPACE) == blocks_of(GOLDEN_RUN)
+    golden, fresh = arrow_table(data), arrow_table(stored_bytes(GOLDEN_RUN, GOLDEN_NAMESPACE))
+    assert golden["payload"].to_pylist() == [bytes(payload) for payload in GOLDEN_RUN.payloads]
+    assert golden.equals(fresh)
+    for key, value in golden.schema.metadata.items():
+        is_place = key.endswith((b"_offset", b".pad", b".index_xxh3_64"))
+        assert is_place or fresh.schema.metadata[key] == value
+
+
+def test_no_changed_byte_yields_a_wrong_block() -> None:
+    data, truth = stored_bytes(SMALL), blocks_of(SMALL)
+    outcomes = {"refused": 0, "a block lost": 0, "harmless": 0}
+    for position in range(len(data)):
+        for mask in (0x01, 0x80, 0xFF):
+            changed = bytearray(data)
+            changed[position] ^= mask
+            try:
+                found = good_blocks(bytes(changed))
+            except BlockFormatError:
+                outcomes["refused"] += 1
+                continue
+            assert found.items() <= truth.items()
+            outcomes["harmless" if found == truth else "a block lost"] += 1
+    assert outcomes["a block lost"] == 3 * 2 * NAMESPACE.layout.block_bytes
+    assert all(outcomes.values())
+
+
+def test_no_cut_yields_a_wrong_block() -> None:
+    data, truth = stored_bytes(SMALL), blocks_of(SMALL)
+    head_bytes, size = 4096, NAMESPACE.layout.block_bytes
+    for length in range(len(data)):
+        if length < head_bytes:
+            with pytest.raises(CorruptBlockError):
+                good_blocks(data[:length])
+        else:
+            num_whole = min(2, (length - head_bytes) // size)
+            assert good_blocks(data[:length]) == dict(list(truth.items())[:num_whole])
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_arbitrary_bytes_are_refused(noise: bytes, like_arrow: bool) -> None:
+    data = stored_bytes(SMALL)[:16] + noise if like_arrow else noise
+    with pytest.raises(BlockFormatError):
+        good_blocks(data)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(NAMESPACE, model="other"),
+        replace(NAMESPACE, tp_rank=1),
+        replace(NAMESPACE, layout=replace(NAMESPACE.layout, dtype="bfloat16", head_dim=8)),
+    ],
+)
+def test_another_namespace_is_foreign(other: Namespace) -> None:
+    with pytest.raises(ForeignBlockError, match="another namespace"):
+        good_blocks(stored_bytes(SMALL, other))
+
+
+def test_another_version_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored_bytes(SMALL)
+    monkeypatch.setattr(codec, "FORMAT_VERSION", 2)
+    with pytest.raises(ForeignBlockError, match="this program reads 2"):
+        good_blocks(data)
+
+
+def test_somebody_elses_arrow_file_is_foreign() -> None:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"hash": [b"x"]})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ForeignBlockError):
+        good_blocks(sink.getvalue().to_pybytes())
+
+
+def test_a_long_head_says_how_long_it_is() -> None:
+    run = run_of(chain_of(700))
+    data = stored_bytes(run)
+    needed = codec.bytes_needed(data[: codec.FIRST_READ_BYTES])
+    assert needed > codec.FIRST_READ_BYTES
+    assert codec.parse_head(data[:needed], NAMESPACE).hashes == run.hashes
+    with pytest.raises(CorruptBlockError):
+        codec.parse_head(data[: needed - 1], NAMESPACE)
+
+
+def test_a_long_name_of_a_model_is_asked_for_in_two_steps() -> None:
+    namespace = replace(NAMESPACE, model="m" * 3 * codec.FIRST_READ_BYTES)
+    data = stored_bytes(SMALL, namespace)
+    start = data[: codec.FIRST_READ_BYTES]
+    steps = 0
+    while (needed := codec.bytes_needed(start)) > len(start):
+        start, steps = data[:needed], steps + 1
+    assert steps == 2
+    assert codec.parse_head(start, namespace).hashes == SMALL.hashes
+
+
+def test_good_bytes_under_a_wrong_name_fail() -> None:
+    index = codec.encode(NAMESPACE, SMALL).index
+    payload = SMALL.payloads[0]
+    assert codec.verify(payload, SMALL.hashes[0], index.checksums[0])
+    assert not codec.verify(payload, SMALL.hashes[1], index.checksums[0])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        BlockRun(SMALL.parent, (), ()),
+        replace(SMALL, payloads=(SMALL.payloads[0], SMALL.payloads[1][:-1])),
+        replace(SMALL, hashes=(SMALL.hashes[0], BlockHash(b"short"))),
+        replace(SMALL, parent=BlockHash(b"")),
+    ],
+    ids=["empty", "payload", "hash", "parent"],
+)
+def test_a_run_that_cannot_be_stored_is_refused(run: BlockRun) -> None:
+    with pytest.raises(ValueError, match="block"):
+        codec.encode(NAMESPACE, run)

@@ -1,0 +1,125 @@
+"""The worker on a real GPU: copies are ordered with the forward passes though nobody waits."""
+
+from array import array
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from shared_cache.config import CacheConfig
+from shared_cache.connector.plan import SaveRun, TransferPlan
+from shared_cache.connector.worker import SharedCacheWorker
+from shared_cache.hashing import BlockHash, BlockHashChain
+from shared_cache.host.local import LocalHostTier
+from shared_cache.staging import SharedCache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+BLOCK_BYTES = 1 << 20
+NUM_SLOTS = 200
+BLOCKS_PER_TURN = 4
+NUM_TURNS = 30
+SLOW_CYCLES = 5_000_000
+
+
+@pytest.fixture
+def cache() -> Iterator[SharedCache]:
+    cache = SharedCache(LocalHostTier(NUM_SLOTS * BLOCK_BYTES, BLOCK_BYTES), None, CacheConfig())
+    yield cache
+    cache.close()
+
+
+@pytest.fixture
+def pinned_cache(cache: SharedCache) -> Iterator[SharedCache]:
+    address = np.frombuffer(cache.host.buffer(0), np.uint8).ctypes.data
+    runtime = torch.cuda.cudart()
+    assert int(runtime.cudaHostRegister(address, NUM_SLOTS * BLOCK_BYTES, 0)) == 0
+    yield cache
+    assert int(runtime.cudaHostUnregister(address)) == 0
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+@pytest.mark.parametrize("host", ["cache", "pinned_cache"])
+def test_no_turn_sees_the_bytes_of_another(
+    request: pytest.FixtureRequest, host: str, own_stream: bool
+) -> None:
+    """A pass reads loaded rows first and last. A load goes to rows that the last, still running,
+    pass reads; a pass writes at once to the rows that the last turn is still saving. Every second
+    turn loads nothing, as waiting for a load would hide that the save is not waited for.
+    """
+    cache: SharedCache = request.getfixturevalue(host)
+    pool = torch.zeros((2 * BLOCKS_PER_TURN, BLOCK_BYTES), dtype=torch.uint8, device="cuda")
+    seen = torch.zeros((NUM_TURNS, 2, *pool[BLOCKS_PER_TURN:].shape), dtype=torch.uint8).cuda()
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    torch.cuda.synchronize()
+    worker = SharedCacheWorker(cache)
+    worker.register_kv_caches(pool)
+    sources = fill_sources(cache)
+    for turn in range(NUM_TURNS):
+        worker.bind_connector_meta(plan_of(turn, sources))
+        worker.start_load_kv(stream)
+        with torch.cuda.stream(stream):
+            seen[turn, 0].copy_(pool[BLOCKS_PER_TURN:])
+            pool[:BLOCKS_PER_TURN].fill_(turn + 1)
+            torch.cuda._sleep(SLOW_CYCLES)
+            seen[turn, 1].copy_(pool[BLOCKS_PER_TURN:])
+        worker.wait_for_save(stream)
+    worker.close()
+    torch.cuda.synchronize()
+    assert worker.connector_faults == 0
+    for turn in range(NUM_TURNS):
+        for index, slot in enumerate(slots_of(turn, sources)):
+            assert (seen[turn, :, index] == slot + 1).all()
+        lease = cache.host.lease(hashes_of(turn))
+        assert len(lease.slots) == BLOCKS_PER_TURN
+        for slot in lease.slots:
+            assert (np.frombuffer(cache.host.buffer(slot), np.uint8) == turn + 1).all()
+        cache.host.release(lease)
+
+
+def test_the_engine_waits_for_no_save_when_memory_is_pinned(pinned_cache: SharedCache) -> None:
+    """`wait_for_save` returns while the pass still runs; `close` waits for the blocks."""
+    pool = torch.zeros((2 * BLOCKS_PER_TURN, BLOCK_BYTES), dtype=torch.uint8, device="cuda")
+    worker = SharedCacheWorker(pinned_cache)
+    worker.register_kv_caches(pool)
+    worker.bind_connector_meta(TransferPlan(saves=plan_of(0, ()).saves))
+    stream = torch.cuda.current_stream()
+    worker.start_load_kv(stream)
+    torch.cuda._sleep(100 * SLOW_CYCLES)
+    worker.wait_for_save(stream)
+    assert not stream.query()
+    assert pinned_cache.host.match(hashes_of(0)) == 0
+    worker.close()
+    assert pinned_cache.host.match(hashes_of(0)) == BLOCKS_PER_TURN
+
+
+def hashes_of(turn: int) -> list[BlockHash]:
+    return BlockHashChain(1, tokens=range(turn * 100, turn * 100 + BLOCKS_PER_TURN)).hashes
+
+
+def fill_sources(cache: SharedCache) -> tuple[int, ...]:
+    """Reserved host slots, each full of its own number plus one."""
+    slots = cache.host.reserve(2 * BLOCKS_PER_TURN)
+    for slot in slots:
+        np.frombuffer(cache.host.buffer(slot), np.uint8)[:] = slot + 1
+    return slots
+
+
+def slots_of(turn: int, sources: tuple[int, ...]) -> tuple[int, ...]:
+    """The host slots whose bytes turn `turn` must see; loaded in it or, if it is odd, before it."""
+    start = turn // 2 % 2 * BLOCKS_PER_TURN
+    return sources[start : start + BLOCKS_PER_TURN]
+
+
+def plan_of(turn: int, sources: tuple[int, ...]) -> TransferPlan:
+    pairs = array("I")
+    if turn % 2 == 0:
+        for index, slot in enumerate(slots_of(turn, sources)):
+            pairs.extend((slot, BLOCKS_PER_TURN + index))
+    hashes = hashes_of(turn)
+    blocks = array("I", range(BLOCKS_PER_TURN)).tobytes()
+    return TransferPlan(pairs.tobytes(), (SaveRun(hashes[0], b"".join(hashes), blocks),))
