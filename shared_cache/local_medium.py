@@ -62,7 +62,7 @@ class LocalMedium(Medium):
     def list(self) -> Iterator[tuple[str, int]]:
         """See `Medium.list`."""
         oldest_s = time.time() - STALE_TEMPORARY_S
-        for folder, _, files in os.walk(self.folder):
+        for folder, _, files in os.walk(self.folder, onerror=_raise_unless_gone):
             for file in files:
                 path = os.path.join(folder, file)
                 try:
@@ -131,6 +131,11 @@ def _appear(temporary: str, path: str, replace: bool) -> bool:
             return True
     os.replace(temporary, path)
     return True
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _remove_stale(path: str) -> None:

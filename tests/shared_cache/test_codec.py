@@ -203,6 +203,29 @@ def test_good_bytes_under_a_wrong_name_fail() -> None:
     assert not codec.verify(payload, SMALL.hashes[1], index.checksums[0])
 
 
+def test_blocks_that_are_not_consecutive_are_refused() -> None:
+    """Only another program could write this: the index checksum is right."""
+    encoded, other = codec.encode(NAMESPACE, SMALL), run_of(chain_of(2, first_token=90)).hashes
+    changed = bytearray(encoded.head)
+    fields = codec._fields(encoded.head)
+    parent_offset = int(fields["parent_offset"])
+    changed[parent_offset + 32 : parent_offset + 64] = other[0]
+    columns = {
+        name: bytes(changed[int(fields[f"{name}_offset"]) :][: 2 * width])
+        for name, width in codec._INDEX_COLUMNS.items()
+    }
+    old, new = fields["index_xxh3_64"], codec._index_checksum(fields, columns)
+    with pytest.raises(CorruptBlockError, match="not consecutive"):
+        codec.parse_head(bytes(changed).replace(old, new), NAMESPACE)
+
+
+@pytest.mark.parametrize("digits", [b"9" * 20, b"00000000000068719476", b"0" * 20])
+def test_an_unbelievable_head_is_not_asked_for(digits: bytes) -> None:
+    data = stored_bytes(SMALL).replace(b"00000000000000004096", digits)
+    with pytest.raises(CorruptBlockError, match="not believable"):
+        codec.bytes_needed(data)
+
+
 @pytest.mark.parametrize(
     "run",
     [

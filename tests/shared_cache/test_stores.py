@@ -223,25 +223,26 @@ def test_temporaries_are_not_listed_and_old_ones_removed(protocol: str, tmp_path
     assert not old.exists()
 
 
-def test_the_first_of_two_local_writers_stays(
+def test_the_first_of_several_local_writers_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What both looked up as missing is published by the other one while this one writes."""
-    url = f"file://{tmp_path}"
-    slow, quick = open_store(url, NAMESPACE), open_store(url, NAMESPACE)
-    link = os.link
+    """Twice somebody else publishes what this writer has just looked up as missing."""
+    slow, quick = (open_store(f"file://{tmp_path}", NAMESPACE) for _ in range(2))
+    longest, link = chain_of(7), os.link
+    lengths = iter([3, 7])
 
     def late_link(source: str, target: str) -> None:
-        monkeypatch.setattr(os, "link", link)
-        quick.write(run_of(chain_of(3)))
+        if length := next(lengths, None):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "link", link)
+                quick.write(run_of(chain_of(length)))
         link(source, target)
 
     monkeypatch.setattr(os, "link", late_link)
-    long = chain_of(5)
-    assert slow.write(run_of(long)) == 2
-    fresh = open_store(url, NAMESPACE)
-    assert sorted(len(entry.hashes) for entry in fresh.entries()) == [2, 3]
-    assert read_all(fresh, long.hashes) == payloads_of(long.hashes)
+    assert slow.write(run_of(chain_of(5))) == 0
+    fresh = open_store(slow.url, NAMESPACE)
+    assert sorted(len(entry.hashes) for entry in fresh.entries()) == [3, 4]
+    assert read_all(fresh, longest.hashes) == payloads_of(longest.hashes)
 
 
 def test_a_disk_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
