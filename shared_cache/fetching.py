@@ -29,12 +29,15 @@ CLOSE_TIMEOUT_S = 5.0
 
 @dataclass(eq=False, slots=True)
 class Fetch:
-    """One run on its way. All fields but `hashes` change under the fetcher's lock only.
+    """One run on its way; the fetcher's lock guards all that changes.
 
-    `num_arrived` leading blocks are in host memory, leased by this fetch; it holds its leases until
-    it is done and nobody uses it any more. `read` are the blocks that the store delivered.
+    `before` are the hashes of the same chain before the run: a store that never saw the run finds
+    it by the object that it lies in, which may begin earlier. `num_arrived` leading blocks are in
+    host memory, leased by this fetch; it holds its leases until it is done and nobody uses it any
+    more. `read` are the blocks that the store delivered.
     """
 
+    before: tuple[BlockHash, ...]
     hashes: tuple[BlockHash, ...]
     num_arrived: int = 0
     is_done: bool = False
@@ -85,18 +88,25 @@ class Fetcher:
         """Seconds in which at least one read was under way; blocks over this is the bandwidth."""
         return self._meter.busy_s
 
-    def join(self, hashes: Sequence[BlockHash]) -> list[Ticket]:
-        """Have `hashes` fetched, those that are not on their way yet; tickets in prefix order.
+    def join(self, chain: Sequence[BlockHash], start: int) -> list[Ticket]:
+        """Have the blocks of `chain` from `start` on fetched, those that are not on their way yet.
 
-        None when the store is better left alone now.
+        Gives tickets in prefix order; none when the store is better left alone now.
         """
         if not self._guard.usable():
             return []
         with self._changed:
             if self._is_closed:
                 return []
-            groups = groupby(hashes, key=lambda h: self._in_flight.get(h, (None, 0))[0])
-            return [self._ticket(fetch, tuple(group)) for fetch, group in groups]
+            tickets = []
+            groups = groupby(chain[start:], key=lambda h: self._in_flight.get(h, (None, 0))[0])
+            for known, group in groups:
+                hashes = tuple(group)
+                fetch = known or self._begin(Fetch(tuple(chain[:start]), hashes))
+                fetch.num_users += 1
+                tickets.append(Ticket(fetch, self._in_flight[hashes[-1]][1] + 1))
+                start += len(hashes)
+            return tickets
 
     def wait(self, tickets: Sequence[Ticket], deadline_s: float) -> bool:
         """Wait until it is decided how much of `tickets` arrives; False when time ran out first.
@@ -132,13 +142,10 @@ class Fetcher:
             for fetch in {id(fetch): fetch for fetch, _ in self._in_flight.values()}.values():
                 self._finish(fetch)
 
-    def _ticket(self, fetch: Fetch | None, hashes: tuple[BlockHash, ...]) -> Ticket:
-        if fetch is None:
-            fetch = Fetch(hashes)
-            self._in_flight.update((h, (fetch, index)) for index, h in enumerate(hashes))
-            self._threads.submit(partial(self._find, fetch))
-        fetch.num_users += 1
-        return Ticket(fetch, self._in_flight[hashes[-1]][1] + 1)
+    def _begin(self, fetch: Fetch) -> Fetch:
+        self._in_flight.update((h, (fetch, index)) for index, h in enumerate(fetch.hashes))
+        self._threads.submit(partial(self._find, fetch))
+        return fetch
 
     def _is_decided(self, ticket: Ticket) -> bool:
         fetch = ticket.fetch
@@ -147,9 +154,11 @@ class Fetcher:
     def _find(self, fetch: Fetch) -> None:
         num_found = 0
         with self._guard.operation():
-            num_found = self._store.match(fetch.hashes)
+            num_found = self._store.match(fetch.before + fetch.hashes) - len(fetch.before)
+            if num_found < 0:  # the beginning is not stored, the run may be all the same
+                num_found = self._store.match(fetch.hashes)
         with self._changed:
-            fetch.num_found = min(num_found, len(fetch.hashes))
+            fetch.num_found = max(0, min(num_found, len(fetch.hashes)))
             self._go_on(fetch)
 
     def _go_on(self, fetch: Fetch) -> None:

@@ -192,7 +192,7 @@ class SharedCache:
         The new lease is taken before the old ones end, so nothing is evicted in between.
         """
         start = len(held.slots)
-        tickets = fetcher.join(hashes[start:])
+        tickets = fetcher.join(hashes, start)
         is_decided = fetcher.wait(tickets, deadline_s)
         lease = self.host.lease(hashes)
         delivered = fetcher.leave(tickets)

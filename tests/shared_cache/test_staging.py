@@ -3,14 +3,17 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from shared_cache.errors import StoreUnavailableError
 from shared_cache.fetching import BLOCKS_PER_PIECE, Ticket
+from shared_cache.fs_store import open_store
 from shared_cache.staging import SharedCache, StagedPrefix
 from tests.shared_cache.fakes import (
     BLOCK_BYTES,
+    NAMESPACE,
     WAIT_S,
     FakeClock,
     Gate,
@@ -75,6 +78,28 @@ def test_blocks_that_host_memory_has_behind_a_gap_are_not_read_again(store: Scri
     staged = cache.stage(HASHES)
     assert staged.fetched == frozenset({*range(BLOCKS_PER_PIECE), *range(12, 20)})
     assert not any(store.num_reads[h] for h in HASHES[BLOCKS_PER_PIECE:12])
+    check(cache, staged, 20)
+    cache.close()
+
+
+def test_the_tail_of_a_run_is_found_by_who_never_saw_the_run(tmp_path: Path) -> None:
+    """Another process wrote all blocks as one object, which is named by the first of them."""
+    writer = open_store(f"file://{tmp_path}", NAMESPACE, {})
+    writer.write(run_of(CHAIN))
+    cache = make_cache(open_store(f"file://{tmp_path}", NAMESPACE, {}))
+    fill_host(cache, HASHES[:5])
+    staged = cache.stage(HASHES)
+    assert staged.fetched == frozenset(range(5, 20))
+    check(cache, staged, 20)
+    cache.close()
+
+
+def test_a_tail_that_is_stored_without_its_beginning_is_found(store: ScriptedStore) -> None:
+    cache = make_cache(store)
+    fill_host(cache, HASHES[:5])
+    store.delete(HASHES[2].hex())
+    staged = cache.stage(HASHES)
+    assert staged.fetched == frozenset(range(5, 20))
     check(cache, staged, 20)
     cache.close()
 
@@ -260,7 +285,7 @@ def test_a_gap_in_anothers_fetch_ends_the_wait(
     """The first request's run breaks off; the second's own tail is hanging, and of no use now."""
     first, second, longer = Gate(), Gate(), chain_of(30).hashes
     store.delete(HASHES[5].hex())
-    store.on_match = lambda hashes: first() if hashes[0] == HASHES[0] else second()
+    store.on_match = lambda hashes: first() if len(hashes) == len(HASHES) else second()
     cache = make_cache(store, staging_deadline_s=3600)
     waiting = signal_waits(cache, monkeypatch)
     with ThreadPoolExecutor(2) as pool:
