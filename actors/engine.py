@@ -4,7 +4,7 @@ A replica owns one engine and knows it only through these types, so the embedded
 TensorRT-LLM can stand in for each other.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -39,7 +39,10 @@ class GenerationRequest:
 
     `num_output_so_far` counts the tokens at the end of `prompt_token_ids` that another replica has
     generated already (mid-stream failover): they count against `max_tokens` and belong to the text
-    that stop strings are looked for in, but are not sent again.
+    that stop strings are looked for in, but are not sent again. Text that was held back for them
+    (half a character, the beginning of a stop string) is not lost: what an engine has sent after
+    n tokens depends on those n tokens alone, so the next one feeds them to its text stream again
+    and holds back the same.
     """
 
     request_id: str
@@ -156,8 +159,8 @@ class Engine(Protocol):
     max_total_tokens: int
     """The longest prompt plus output that fits the model and the pool, in tokens."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        """Stream the continuation; closing the iterator aborts the request.
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Stream the continuation; closing the generator aborts the request.
 
         Raises `RequestError` before the first chunk when the request can never be served.
         The receipt here tells `device`, `host` (everything loaded by the connector) and
@@ -166,6 +169,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap."""
+
+    def is_alive(self) -> bool:
+        """Whether the step loop still runs; False after `close` and when it died."""
 
     def close(self) -> None:
         """Stop, abort what runs, and free the pool."""

@@ -1,0 +1,96 @@
+"""Write docs/configuration.md from the settings classes, so that the page cannot fall behind.
+
+Run `python docs/make_configuration.py`; a test fails while the page and the classes differ.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ByteSize
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from cluster.config import ClusterConfig
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+INTRODUCTION = """\
+# Configuration
+
+One YAML file describes a cluster; `configs/` holds one for each situation. Sizes are numbers of
+bytes or text such as `512MiB`. An unknown key, a key given twice or a value of the wrong type is an
+error that names the key and what is allowed there; nothing is started then.
+
+This page is written by `python docs/make_configuration.py` from the settings classes.
+"""
+
+
+def sections(model: type[BaseModel], path: str = "") -> Iterator[str]:
+    """One table for `model`, then those of the sections in it."""
+    title = f"`{path}`" if path else "Top level"
+    first_line = (model.__doc__ or "").strip().splitlines()[0]
+    yield f"\n## {title}\n\n{first_line}\n"
+    yield "| setting | type | default | meaning |\n|---|---|---|---|"
+    inner: list[tuple[str, type[BaseModel]]] = []
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            inner.append((f"{path}.{name}" if path else name, section))
+        yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_meaning(field)} |"
+    for inner_path, section in inner:
+        yield from sections(section, inner_path)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if _section(annotation) is not None:
+        return "section or null" if type(None) in get_args(annotation) else "section"
+    if type(None) in get_args(annotation):
+        return f"{_type(get_args(annotation)[0])} or null"
+    if annotation is ByteSize:
+        return "size"
+    origin = get_origin(annotation) or annotation
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
+        origin.__name__, origin.__name__
+    )
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "null"
+    if isinstance(value, BaseModel):
+        return "see below"
+    if isinstance(value, ByteSize):
+        return f"`{value.human_readable()}`"
+    return "" if value is PydanticUndefined else f"`{value}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {getattr(constraint, attribute)}"
+        for constraint in field.metadata
+        for attribute, sign in (("ge", "at least"), ("gt", "above"), ("le", "at most"))
+        if getattr(constraint, attribute, None) is not None
+    ]
+    return "; ".join(filter(None, [field.description or "", ", ".join(bounds)]))
+
+
+def page() -> str:
+    """The whole page."""
+    return INTRODUCTION + "\n".join(sections(ClusterConfig)) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

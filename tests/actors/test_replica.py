@@ -1,0 +1,242 @@
+"""A replica around a fake engine: admission, tiers, leases, health, drain."""
+
+import asyncio
+import threading
+from contextlib import aclosing
+
+import pytest
+
+from actors.config import ModelSource, ReplicaConfig
+from actors.engine import GenerationRequest, SamplingParams
+from actors.replica import EngineReplica
+from shared_cache.errors import ModelError, ReplicaUnavailableError, RequestError
+from shared_cache.hashing import ReuseScope, block_hashes
+from tests.fakes import TOKENS_PER_BLOCK, FakeCache, FakeEngine
+
+CONFIG = ReplicaConfig(name="replica-0", model=ModelSource(name="m", path="p", revision="r"))
+
+
+async def make_replica(engine: FakeEngine, **options) -> EngineReplica:
+    replica = EngineReplica(CONFIG, lambda _: engine, **options)
+    await replica.ready()
+    return replica
+
+
+def request(num_prompt=10, max_tokens=6, **fields) -> GenerationRequest:
+    return GenerationRequest("r", tuple(range(num_prompt)), SamplingParams(max_tokens), **fields)
+
+
+async def collect(stream):
+    async with aclosing(stream):
+        return [item async for item in stream]
+
+
+@pytest.mark.parametrize(("num_prompt", "num_staged"), [(13, 3), (12, 2), (9, 2), (5, 1)])
+async def test_stages_whole_blocks_and_leaves_a_token_to_compute(num_prompt, num_staged):
+    cache, scope = FakeCache(), ReuseScope(cache_salt="tenant")
+    replica = await make_replica(FakeEngine(cache=cache))
+    await collect(replica.generate(request(num_prompt, scope=scope)))
+    expected = block_hashes(range(num_prompt), TOKENS_PER_BLOCK, scope)[:num_staged]
+    assert cache.staged == [expected]
+    assert not cache.leased
+
+
+async def test_stages_nothing_for_a_short_prompt_or_without_a_cache():
+    cache = FakeCache()
+    await collect((await make_replica(FakeEngine(cache=cache))).generate(request(4)))
+    assert cache.staged == []
+    chunks = await collect((await make_replica(FakeEngine())).generate(request(40)))
+    assert chunks[0].receipt.computed == 40
+
+
+@pytest.mark.parametrize(
+    ("fetched", "device", "loaded", "host", "shared"),
+    [
+        ({0, 1, 2, 3, 4}, 0, 5, 0, 20),
+        ({3, 4}, 0, 5, 12, 8),
+        ({0, 1, 4}, 2, 3, 8, 4),  # blocks 0 and 1 were fetched but found on the device
+        ({0, 4}, 1, 2, 8, 0),  # block 4 was fetched but not loaded
+        (set(), 2, 3, 12, 0),
+    ],
+)
+async def test_receipt_splits_loaded_tokens_by_tier(fetched, device, loaded, host, shared):
+    cache = FakeCache(frozenset(fetched))
+    engine = FakeEngine(cache=cache, receipt=(device * TOKENS_PER_BLOCK, loaded * TOKENS_PER_BLOCK))
+    chunks = await collect((await make_replica(engine)).generate(request(22)))
+    receipt = chunks[0].receipt
+    assert (receipt.device, receipt.host, receipt.shared) == (device * 4, host, shared)
+    total = receipt.device + receipt.host + receipt.shared + receipt.computed
+    assert total == receipt.prompt_tokens == 22
+    assert all(chunk.receipt is None for chunk in chunks[1:])
+
+
+async def test_lease_ends_with_the_first_chunk():
+    cache = FakeCache()
+    stream = (await make_replica(FakeEngine(cache=cache))).generate(request())
+    await anext(stream)
+    assert not cache.leased
+    await stream.aclose()
+
+
+async def test_lease_ends_when_the_engine_refuses():
+    cache = FakeCache()
+    replica = await make_replica(FakeEngine(cache=cache, max_total_tokens=12))
+    with pytest.raises(RequestError):
+        await collect(replica.generate(request(10, max_tokens=6)))
+    assert cache.staged
+    assert not cache.leased
+
+
+async def test_lease_ends_when_the_client_leaves_during_staging():
+    class SlowCache(FakeCache):
+        entered, go_on = threading.Event(), threading.Event()
+
+        def stage(self, hashes, deadline_s=None):
+            self.entered.set()
+            assert self.go_on.wait(10)
+            return super().stage(hashes)
+
+        def release(self, staged):
+            super().release(staged)
+            released.set()
+
+    cache, released = SlowCache(), threading.Event()
+    replica = await make_replica(FakeEngine(cache=cache))
+    task = asyncio.create_task(collect(replica.generate(request())))
+    assert await asyncio.to_thread(cache.entered.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert replica.stats().num_outstanding == 0
+    cache.go_on.set()
+    assert await asyncio.to_thread(released.wait, 10)
+    assert not cache.leased
+
+
+async def test_staging_does_not_block_the_event_loop():
+    replica = await make_replica(FakeEngine(cache=FakeCache(stage_s=0.2)))
+    task = asyncio.create_task(collect(replica.generate(request())))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.sleep(0.01), 0.15)
+    assert not task.done()
+    await task
+
+
+async def test_closing_the_stream_aborts_in_the_engine():
+    engine = FakeEngine()
+    replica = await make_replica(engine)
+    stream = replica.stream(request())
+    await anext(stream)
+    await stream.aclose()
+    assert (engine.num_aborted, engine.num_running) == (1, 0)
+    assert replica.stats().num_outstanding == 0
+
+
+async def test_stream_groups_what_is_ready_and_sends_the_first_at_once():
+    engine = FakeEngine()
+    replica = await make_replica(engine)
+    stream = replica.stream(request(max_tokens=30))
+    groups = [await anext(stream)]
+    await asyncio.sleep(0.05)  # a slow reader: meanwhile the engine goes on
+    groups += await collect(stream)
+    assert len(groups[0]) == 1
+    assert len(groups) < 10
+    alone = await collect((await make_replica(FakeEngine())).generate(request(max_tokens=30)))
+    assert [chunk for group in groups for chunk in group] == alone
+
+
+async def test_errors_come_after_the_chunks_before_them():
+    engine = FakeEngine()
+    replica = await make_replica(engine)
+    stream = replica.stream(request())
+    assert len(await anext(stream)) == 1
+    engine.fail_with = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        await collect(stream)
+
+
+async def test_requests_of_an_engine_whose_loop_ended_go_on_elsewhere():
+    engine = FakeEngine()
+    replica = await make_replica(engine)
+    engine.fail_with = RuntimeError("out of memory")
+    engine.gate.clear()
+    task = asyncio.create_task(collect(replica.generate(request())))
+    while not engine.requests:
+        await asyncio.sleep(0)
+    engine.loop_died = True
+    engine.gate.set()
+    with pytest.raises(ReplicaUnavailableError, match="out of memory"):
+        await task
+    assert replica.health().state == "failed"
+    with pytest.raises(ReplicaUnavailableError, match="failed"):
+        await collect(replica.generate(request()))
+
+
+async def test_health_while_starting_and_after_a_failed_start():
+    go_on = threading.Event()
+
+    def build(_):
+        assert go_on.wait(10)
+        raise ModelError("no such model")
+
+    replica = EngineReplica(CONFIG, build)
+    assert replica.health().state == "starting"
+    assert replica.stats().engine is None
+    with pytest.raises(ReplicaUnavailableError, match="starting"):
+        await collect(replica.generate(request()))
+    go_on.set()
+    with pytest.raises(ModelError, match="no such model"):
+        await replica.ready()
+    assert replica.health().state == "failed"
+    assert "no such model" in replica.health().reason
+    await replica.close()
+    assert replica.health().state == "closed"
+
+
+async def test_health_sees_a_loop_that_does_not_move():
+    now_s, engine = [0.0], FakeEngine()
+    replica = await make_replica(engine, stall_timeout_s=5, clock=lambda: now_s[0])
+    now_s[0] = 100
+    assert replica.health().state == "ready", "an idle engine needs no turns"
+    engine.gate.clear()
+    task = asyncio.create_task(collect(replica.generate(request())))
+    while not engine.requests:
+        await asyncio.sleep(0)
+    assert replica.health().state == "ready"
+    now_s[0] = 104
+    assert replica.health().state == "ready"
+    now_s[0] = 106
+    assert replica.health().state == "stalled"
+    engine.gate.set()
+    await task
+    assert replica.health().state == "ready"
+
+
+async def test_health_tells_one_process_from_the_next():
+    first, second = await make_replica(FakeEngine()), await make_replica(FakeEngine())
+    assert first.health().boot_id == first.health().boot_id != second.health().boot_id
+    assert first.health().cache_blocks == 64
+    cached = await make_replica(FakeEngine(cache=FakeCache()))
+    assert cached.health().cache_blocks == 100
+
+
+async def test_drain_refuses_new_requests_waits_and_flushes():
+    cache, engine = FakeCache(), None
+    engine = FakeEngine(cache=cache)
+    replica = await make_replica(engine)
+    engine.gate.clear()
+    running = asyncio.create_task(collect(replica.generate(request())))
+    while not engine.requests:
+        await asyncio.sleep(0)
+    assert not await replica.drain(0.01)
+    with pytest.raises(ReplicaUnavailableError, match="draining"):
+        await collect(replica.generate(request()))
+    assert replica.health().state == "draining"
+    assert cache.num_flushes == 0
+    engine.gate.set()
+    assert await replica.drain(10)
+    assert len(await running) == 6
+    assert cache.num_flushes == 1
+    await replica.close()
+    await replica.close()
+    assert engine.closed

@@ -1,0 +1,111 @@
+"""Configurations: the shipped ones load, and mistakes are named with their place and their fix."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig, expand_store_url, load_config
+from shared_cache.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configuration_loads(path):
+    config = load_config(path)
+    assert config.model == "smollm2-135m"
+    assert len(config.replica_names) == config.replicas == 2
+
+
+def test_the_default_shares_through_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = load_config(CONFIGS / "cpu.yaml").cache
+    assert cache.store == f"file://{tmp_path}/.cache/kvcommons/store"
+    assert cache.host_bytes == 512 << 20
+
+
+def load(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: x\nreplcas: 2", ["replcas", "did you mean `replicas`", "allowed here: name, mod"]),
+        ("model: x\nzzz: 2", ["zzz: no such setting; allowed here: name"]),
+        (
+            "model: x\nengine: {kv_cache_config: {tokens_per_blok: 3}}",
+            ["engine.kv_cache_config.tokens_per_blok", "did you mean `tokens_per_block`"],
+        ),
+        ("model: x\ncache: {hots_bytes: 3}", ["cache.hots_bytes", "`host_bytes`", "io_threads"]),
+        (
+            "model: x\nengine: {speculative_config: {max_draf_len: 3}}",
+            ["engine.speculative_config.max_draf_len", "`max_draft_len`"],
+        ),
+        ("model: x\nreplicas: two", ["replicas: ", "integer", "given: 'two'"]),
+        ("model: x\nreplicas: 0", ["replicas: ", "greater than or equal to 1"]),
+        ("model: x\nrouter: {policy: best}", ["router.policy", "'prefix'", "'round_robin'"]),
+        ("replicas: 2", ["model: Field required"]),
+        ("model: x\ncache: {host_bytes: lots}", ["cache.host_bytes", "lots"]),
+        (
+            "model: x\ncache: {store: 'file://${KVC_NOT_SET}/x'}",
+            ["cache", "KVC_NOT_SET", "not set"],
+        ),
+        ("model: x\nname: My Cluster", ["name: "]),
+        ("model: x\nmodel: y", ["'model' is given twice", "line 2"]),
+        ("model: [x", ["not valid YAML", "line"]),
+        ("just text", ["must hold settings"]),
+        (
+            "model: x\ncache: {}\nengine: {kv_cache_config: {host_cache_size: 1MiB}}",
+            ["host_cache_size", "remove host_cache_size"],
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert "mine.yaml" in message
+    for part in expected:
+        assert part in message
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "modle: x\nserve: {prot: 1}\nreplicas: -1")
+    assert all(part in str(caught.value) for part in ("modle", "serve.prot", "replicas", "model:"))
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    with pytest.raises(ConfigError, match=r"beside it are cpu\.yaml"):
+        load_config(CONFIGS / "cpuu.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("s3://bucket/x", "s3://bucket/x"),
+        ("memory://x", "memory://x"),
+        ("file:///a/b", "file:///a/b"),
+        ("/a/../b", "file:///b"),
+        ("~/store", "file:///home/me/store"),
+        ("file://~/store", "file:///home/me/store"),
+        ("file://$KVC_TEST/store", "file:///data/store"),
+        ("s3://${KVC_BUCKET}/x", "s3://mine/x"),
+    ],
+)
+def test_store_urls_are_expanded(monkeypatch, url, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("KVC_TEST", "/data")
+    monkeypatch.setenv("KVC_BUCKET", "mine")
+    assert expand_store_url(url) == expected
+
+
+def test_a_relative_store_is_made_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = ClusterConfig(model="x", cache={"store": "file://here"})
+    assert config.cache.store == f"file://{tmp_path}/here"

@@ -1,0 +1,186 @@
+"""The OpenAI mapping, read back with OpenAI's own types."""
+
+import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import ValidationError
+
+from actors.dispatch import RoutedChunk
+from actors.engine import Receipt, TokenChunk
+from cluster import openai_api
+from cluster.openai_api import Choice, Reply
+from cluster.openai_requests import ChatRequest, CompletionRequest
+from shared_cache.errors import ReplicaUnavailableError, RequestError
+
+CHUNKS = [
+    TokenChunk((1,), "Hel", receipt=Receipt(100, 32, 16, 8, 44)),
+    TokenChunk((2, 3), "lo", num_accepted=1),
+    TokenChunk((4,), "", finish_reason="length"),
+]
+ROUTED = [RoutedChunk(chunk, "replica-1") for chunk in CHUNKS]
+REPLY = Reply.new("cmpl", "m")
+
+
+def choice() -> Choice:
+    made = Choice()
+    for routed in ROUTED:
+        made.add(routed)
+    return made
+
+
+def test_completion_with_usage_and_tiers():
+    body = REPLY.completion([choice(), choice()])
+    read = Completion.model_validate(body, strict=True)
+    assert [one.text for one in read.choices] == ["Hello", "Hello"]
+    assert [(one.index, one.finish_reason) for one in read.choices] == [
+        (0, "length"),
+        (1, "length"),
+    ]
+    assert (read.usage.prompt_tokens, read.usage.completion_tokens) == (200, 8)
+    assert read.usage.total_tokens == 208
+    assert read.usage.prompt_tokens_details.cached_tokens == 112
+    assert read.usage.completion_tokens_details.accepted_prediction_tokens == 2
+    assert body["kvcommons"] == {
+        "device": 64,
+        "host": 32,
+        "shared": 16,
+        "computed": 88,
+        "replica": "replica-1",
+    }
+
+
+def test_chat_answer():
+    read = ChatCompletion.model_validate(REPLY.chat(choice()), strict=True)
+    assert read.choices[0].message.content == "Hello"
+    assert read.choices[0].message.role == "assistant"
+    assert read.choices[0].finish_reason == "length"
+    assert read.usage.prompt_tokens_details.cached_tokens == 56
+
+
+def test_chat_stream_adds_up():
+    events = [REPLY.chat_start(), *(REPLY.chat_chunk(0, one) for one in ROUTED)]
+    read = [ChatCompletionChunk.model_validate(event) for event in events]
+    assert "".join(one.choices[0].delta.content or "" for one in read) == "Hello"
+    assert read[0].choices[0].delta.role == "assistant"
+    assert [one.choices[0].finish_reason for one in read] == [None, None, None, "length"]
+    assert all("finish_reason" in event["choices"][0] for event in events)
+    assert len({one.id for one in read}) == 1
+    last = REPLY.chat_usage([choice()])
+    assert last["choices"] == []
+    assert ChatCompletionChunk.model_validate(last).usage.prompt_tokens == 100
+    assert last["kvcommons"]["shared"] == 8
+
+
+def test_completion_stream_adds_up():
+    events = [REPLY.completion_chunk(1, one) for one in ROUTED]
+    assert "".join(event["choices"][0]["text"] for event in events) == "Hello"
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, "length"]
+    assert {event["choices"][0]["index"] for event in events} == {1}
+    assert REPLY.completion_usage([choice()])["usage"]["completion_tokens"] == 4
+
+
+def test_models():
+    listed = openai_api.models("m", 5)
+    assert listed["object"] == "list"
+    assert Model.model_validate(listed["data"][0]).id == "m"
+    assert openai_api.unknown_model("x", "m")["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        ([0], [[0]]),
+    ],
+)
+def test_prompts_of_every_shape(prompt, expected):
+    assert CompletionRequest(model="m", prompt=prompt).prompts == expected
+
+
+def test_sampling_parameters_are_passed_on():
+    body = CompletionRequest(
+        model="m", prompt="a", temperature=0.5, top_p=0.9, seed=3, stop=["x", ""], top_k=4
+    )
+    sampling = body.sampling(9)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (9, 0.5, 0.9)
+    assert (sampling.seed, sampling.stop, sampling.top_k) == (3, ("x",), 4)
+    plain = CompletionRequest(model="m", prompt="a", stop="end").sampling(1)
+    assert (plain.temperature, plain.seed, plain.stop) == (1.0, None, ("end",))
+
+
+def test_chat_messages_and_limits():
+    body = ChatRequest(
+        model="m",
+        max_tokens=3,
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
+        ],
+    )
+    assert [message.for_template() for message in body.messages] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "ab"},
+    ]
+    assert body.limit == 3
+    newer = ChatRequest(model="m", max_completion_tokens=5, messages=body.messages)
+    assert newer.limit == 5
+    assert ChatRequest(model="m", messages=body.messages).limit is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "text"),
+    [
+        ({"logit_bias": {}}, "logit_bias", "not supported"),
+        ({"n": 2}, "n", "should be 1"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"prompt": []}, "prompt", ""),
+        ({"prompt": [-1]}, "prompt", ""),
+        ({"presence_penalty": 1}, "presence_penalty", "0"),
+        ({"model": None}, "model", "string"),
+    ],
+)
+def test_what_is_not_honoured_is_refused(fields, param, text):
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest(**{"model": "m", "prompt": "a", **fields})
+    error = openai_api.invalid(caught.value.errors())["error"]
+    assert error["param"] == param
+    assert text in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_a_body_that_is_no_json_has_no_parameter_to_blame():
+    problem = {"type": "json_invalid", "loc": ("body", 44), "msg": "JSON decode error"}
+    error = openai_api.invalid([problem])["error"]
+    assert error["param"] is None
+    assert error["message"] == "44: JSON decode error"
+
+
+def test_stream_options_need_a_stream():
+    with pytest.raises(ValidationError, match="needs stream"):
+        CompletionRequest(model="m", prompt="a", stream_options={"include_usage": True})
+    body = CompletionRequest(
+        model="m", prompt="a", stream=True, stream_options={"include_usage": True}
+    )
+    assert body.includes_usage
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestError("too long"), 400),
+        (ReplicaUnavailableError("later"), 503),
+        (RuntimeError("secret"), 500),
+    ],
+)
+def test_errors_have_their_status(error, status):
+    got, body = openai_api.failure(error)
+    assert got == status
+    assert ("secret" in body["error"]["message"]) is False
+    assert set(body["error"]) == {"message", "type", "param", "code"}

@@ -1,0 +1,58 @@
+"""What a watcher makes of signs of life: answers and silences in, actions out."""
+
+import pytest
+
+from actors.replica import ReplicaHealth
+from cluster.config import LifecycleConfig
+from cluster.watch import RESTART_PAUSE_S, ReplicaWatch
+
+LIFECYCLE = LifecycleConfig(silence_timeout_s=10, restart_timeout_s=60)
+
+
+def health(boot_id="1", state="ready"):
+    return ReplicaHealth("replica-0", boot_id, 123, state, cache_blocks=7)
+
+
+def verbs(actions):
+    return [(action.verb, action.boot_id) for action in actions]
+
+
+@pytest.fixture
+def watch():
+    return ReplicaWatch(LIFECYCLE, 0.0)
+
+
+def test_a_ready_replica_is_registered_with_its_size_at_every_answer(watch):
+    for now_s in (1, 2):
+        (action,) = watch.on_health(health(), now_s)
+        assert (action.verb, action.boot_id, action.cache_blocks) == ("register", "1", 7)
+
+
+def test_a_restarted_replica_replaces_the_old_process_when_it_is_ready(watch):
+    watch.on_health(health("1"), 1)
+    assert verbs(watch.on_loss()) == [("mark_dead", "1")]
+    starting = watch.on_health(health("2", "starting"), 2)
+    assert verbs(starting) == [("mark_dead", "1"), ("mark_dead", "2")]
+    assert verbs(watch.on_health(health("2"), 3)) == [("register", "2")]
+
+
+def test_silence_first_stops_requests_then_restarts_once(watch):
+    watch.on_health(health(), 0)
+    assert watch.on_silence(9) == []
+    assert verbs(watch.on_silence(10)) == [("mark_dead", "1")]
+    assert verbs(watch.on_silence(60)) == [("mark_dead", "1"), ("restart", "1")]
+    assert watch.on_silence(61) == []
+
+
+@pytest.mark.parametrize("state", ["failed", "stalled"])
+def test_an_engine_that_does_not_run_is_restarted_but_not_in_a_spin(watch, state):
+    assert verbs(watch.on_health(health("1", state), 1)) == [("mark_dead", "1"), ("restart", "1")]
+    again = watch.on_health(health("2", state), 2)
+    assert verbs(again) == [("mark_dead", "1"), ("mark_dead", "2")]
+    later = watch.on_health(health("2", state), 1 + RESTART_PAUSE_S)
+    assert verbs(later) == [("mark_dead", "2"), ("restart", "2")]
+
+
+@pytest.mark.parametrize("state", ["starting", "draining", "closed"])
+def test_a_replica_that_is_not_ready_gets_no_requests_but_is_let_be(watch, state):
+    assert verbs(watch.on_health(health("1", state), 1)) == [("mark_dead", "1")]
