@@ -1,0 +1,1 @@
+"""The embedded engine: a transformers decoder over a paged pool, on any machine."""

@@ -1,0 +1,73 @@
+"""From a replica's settings to a running embedded engine."""
+
+import torch
+
+from actors.config import EngineConfig, ReplicaConfig
+from actors.engines.torch.connector import ConnectorDriver
+from actors.engines.torch.engine import TorchEngine
+from actors.engines.torch.model import allocate_pool, block_layout, load_model
+from shared_cache.config import CacheConfig
+from shared_cache.connector.scheduler import SharedCacheScheduler
+from shared_cache.connector.worker import SharedCacheWorker
+from shared_cache.errors import ConfigError
+from shared_cache.namespace import Namespace
+from shared_cache.staging import SharedCache, open_cache
+
+
+def build_torch_engine(config: ReplicaConfig) -> TorchEngine:
+    """The engine, warmed up, with its part in the cache opened.
+
+    Raises `ConfigError` or `ModelError`; nothing stays open then.
+    """
+    engine, kv = config.engine, config.engine.kv_cache_config
+    cache_config = _cache_config(config)
+    _check(engine, cache_config)
+    if engine.torch_threads is not None:
+        torch.set_num_threads(engine.torch_threads)
+    model = load_model(config.model, engine.dtype, engine.device, engine.max_seq_len)
+    layout = block_layout(model.config, kv.tokens_per_block, engine.dtype)
+    namespace = Namespace(config.model.name, config.model.revision, "torch", layout)
+    pool = allocate_pool(layout, kv.max_tokens // kv.tokens_per_block, engine.device)
+    if cache_config is None:
+        return TorchEngine(model, pool, namespace, engine)
+    cache = open_cache(cache_config, namespace)
+    try:
+        connector = _connector(cache, pool.tensor, kv.tokens_per_block)
+        return TorchEngine(model, pool, namespace, engine, connector, cache)
+    except BaseException:
+        cache.close()
+        raise
+
+
+def _connector(cache: SharedCache, pool: torch.Tensor, tokens_per_block: int) -> ConnectorDriver:
+    worker = SharedCacheWorker(cache)
+    worker.register_kv_caches(pool)
+    return ConnectorDriver(SharedCacheScheduler(cache, tokens_per_block), worker)
+
+
+def _cache_config(config: ReplicaConfig) -> CacheConfig | None:
+    """The cache section, or a host tier of this engine alone, or nothing."""
+    host_cache_size = config.engine.kv_cache_config.host_cache_size
+    if config.cache is None and host_cache_size:
+        return CacheConfig(store=None, host_bytes=host_cache_size)
+    return config.cache
+
+
+def _check(engine: EngineConfig, cache: CacheConfig | None) -> None:
+    kv = engine.kv_cache_config
+    if kv.max_tokens < kv.tokens_per_block:
+        raise ConfigError(
+            f"kv_cache_config.max_tokens ({kv.max_tokens}) is below tokens_per_block "
+            f"({kv.tokens_per_block}): the pool would hold no block; raise it"
+        )
+    if cache is not None and not kv.enable_block_reuse:
+        raise ConfigError(
+            "kv_cache_config.enable_block_reuse is off, so nothing would ever be loaded from the "
+            "cache; switch it on, or remove cache and host_cache_size"
+        )
+    try:
+        torch.empty(0, device=engine.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"engine.device {engine.device!r} cannot be used here: {error}; use cpu"
+        ) from error

@@ -1,0 +1,112 @@
+"""Drives a KV cache connector in TensorRT-LLM's call order, so the same classes serve both engines.
+
+What a turn tells a connector is easy to get subtly wrong: the first report carries the whole prompt
+although only a part is computed, later ones carry differences, and a draft that is not verified
+must never be called valid. All of that is here and nowhere else.
+"""
+
+from typing import Any
+
+from actors.engines.torch.scheduler import Scheduled
+from actors.engines.torch.sequence import Sequence
+from shared_cache.connector.interface import (
+    KvCacheConnectorScheduler,
+    KvCacheConnectorWorker,
+    RequestData,
+    SchedulerOutput,
+)
+
+
+class ConnectorDriver:
+    """One connector pair and what it has been told. Used on the engine's thread only.
+
+    Connectors do not raise by contract; when one does, it reaches the engine, which fails the
+    requests concerned.
+    """
+
+    def __init__(
+        self, scheduler: KvCacheConnectorScheduler, worker: KvCacheConnectorWorker
+    ) -> None:
+        self._scheduler = scheduler
+        self._worker = worker
+        self._held: dict[int, list[int]] = {}
+        self._newly_held: list[int] = []
+
+    def match(self, sequence: Sequence) -> int:
+        """Prompt tokens that will be loaded beyond those on the device: whole blocks, not all.
+
+        Raises `ValueError` when the connector promises anything else, or an asynchronous load.
+        """
+        on_device, block = sequence.num_device_tokens, sequence.chain.tokens_per_block
+        num_tokens, is_async = self._scheduler.get_num_new_matched_tokens(sequence, on_device)
+        most = sequence.num_reusable_blocks * block - on_device
+        if is_async or num_tokens % block or not 0 <= num_tokens <= most:
+            raise ValueError(
+                f"the connector promised {num_tokens} tokens (asynchronous: {is_async}); this "
+                f"engine loads synchronously, multiples of {block}, here at most {most}"
+            )
+        return num_tokens
+
+    def allocated(self, sequence: Sequence) -> None:
+        """Tell the slots of the whole prompt."""
+        self._scheduler.update_state_after_alloc(sequence, list(sequence.slots))
+
+    def begin_pass(self, items: tuple[Scheduled, ...], stream: Any) -> None:
+        """Report the turn and start its loads; they are done before work put on `stream` later."""
+        output = SchedulerOutput()
+        for item in items:
+            is_new = not item.sequence.num_reported_tokens
+            (output.new_requests if is_new else output.cached_requests).append(_report(item))
+        self._worker.bind_connector_meta(self._scheduler.build_connector_meta(output))
+        self._worker.start_load_kv(stream)
+
+    def before_layer(self, layer: int, stream: Any) -> None:
+        """Called before a layer's KV is used."""
+        self._worker.wait_for_layer_load(layer, stream)
+
+    def after_layer(self, layer: int, stream: Any) -> None:
+        """Called after a layer's KV was written and used."""
+        self._worker.save_kv_layer(layer, stream)
+
+    def end_pass(self, stream: Any) -> None:
+        """The forward pass was put on `stream`: save what it completes."""
+        self._worker.wait_for_save(stream)
+
+    def finished(self, sequence: Sequence, slots: list[int]) -> list[int]:
+        """End a request that had slots; those that may be released now, the others come later."""
+        if not self._scheduler.request_finished(sequence, slots):
+            return slots
+        self._held[sequence.request_id] = slots
+        self._newly_held.append(sequence.request_id)
+        return []
+
+    def end_turn(self) -> list[int]:
+        """Poll asynchronous saves, once per turn; the slots that may be released now."""
+        asked, self._newly_held = self._newly_held, []
+        saved, _ = self._worker.get_finished(asked, [])
+        return [slot for request_id in saved for slot in self._held.pop(request_id)]
+
+    def close(self) -> None:
+        """Let the worker finish, where it can; TensorRT-LLM's interface has no such call."""
+        close = getattr(self._worker, "close", None)
+        if close is not None:
+            close()
+
+
+def _report(item: Scheduled) -> RequestData:
+    """What is new of this request; marks it as told.
+
+    Drafts are left out of `num_scheduled_tokens`: their KV may have to go again.
+    """
+    sequence = item.sequence
+    is_new = not sequence.num_reported_tokens
+    report = RequestData(
+        request_id=sequence.request_id,
+        new_tokens=sequence.tokens[sequence.num_reported_tokens :],
+        new_block_ids=sequence.slots[sequence.num_reported_slots :],
+        computed_position=sequence.num_device_tokens if is_new else item.start,
+        num_scheduled_tokens=item.num_tokens,
+    )
+    sequence.num_reported_tokens = len(sequence.tokens)
+    sequence.num_reported_slots = len(sequence.slots)
+    return report

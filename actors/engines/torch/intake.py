@@ -1,0 +1,138 @@
+"""Where requests enter: each is checked and prepared on the caller's side, then handed over.
+
+A request that can never be served is refused here, with the numbers in the text, before it costs
+the engine's thread anything.
+"""
+
+import itertools
+import threading
+from dataclasses import dataclass, field
+
+from actors.config import NGramConfig
+from actors.engine import GenerationRequest
+from actors.engines.torch.model import LoadedModel
+from actors.engines.torch.ngram import PromptLookup
+from actors.engines.torch.request import ActiveRequest
+from actors.engines.torch.sampling import check_sampling
+from actors.engines.torch.sequence import Sequence
+from actors.engines.torch.text import TextStream
+from shared_cache.errors import ReplicaUnavailableError, RequestError
+from shared_cache.hashing import BlockHashChain
+
+
+class RequestFactory:
+    """Makes requests ready to run on one engine; safe to use from several threads."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokens_per_block: int,
+        max_total_tokens: int,
+        ngram: NGramConfig | None,
+    ) -> None:
+        self._model = model
+        self._tokens_per_block = tokens_per_block
+        self._max_total_tokens = max_total_tokens
+        self._ngram = ngram
+        self._ids = itertools.count(1)
+
+    def make(self, request: GenerationRequest) -> ActiveRequest:
+        """The request, hashed and with its text stream; call on the event loop that reads it.
+
+        `max_tokens` beyond the room that the prompt leaves is cut. Raises `RequestError`.
+        """
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        self._check(request)
+        wanted = len(prompt) + sampling.max_tokens - request.num_output_so_far
+        sequence = Sequence(
+            request_id=next(self._ids),
+            tokens=list(prompt),
+            chain=BlockHashChain(self._tokens_per_block, request.scope, prompt),
+            max_total_tokens=min(wanted, self._max_total_tokens),
+            scope=request.scope,
+            lookup=PromptLookup(self._ngram.max_matching_ngram_size, prompt)
+            if self._ngram
+            else None,
+        )
+        num_given = len(prompt) - request.num_output_so_far
+        text = TextStream(self._model.tokenizer, prompt[:num_given], sampling.stop)
+        for token in prompt[num_given:]:  # sent by another replica already
+            text.feed(token)
+        eos = frozenset() if sampling.ignore_eos else self._model.eos_token_ids
+        return ActiveRequest(request, sequence, text, eos | frozenset(sampling.stop_token_ids))
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt, so_far = request.prompt_token_ids, request.num_output_so_far
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        vocab_size = self._model.vocab_size
+        outside = next((t for t in prompt if not 0 <= t < vocab_size), None)
+        if outside is not None:
+            raise RequestError(
+                f"token id {outside} is outside this model's vocabulary of {vocab_size}; "
+                "use this model's own tokenizer"
+            )
+        if request.scope.lora_id is not None:
+            raise RequestError("this engine runs no LoRA adapters; send the request without one")
+        if len(prompt) >= self._max_total_tokens:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; prompt and output together may have "
+                f"{self._max_total_tokens}. Shorten the prompt, or raise "
+                "engine.kv_cache_config.max_tokens or engine.max_seq_len if the model allows it"
+            )
+        check_sampling(request.sampling)
+        if not 0 <= so_far < min(len(prompt), request.sampling.max_tokens):
+            raise RequestError(
+                f"num_output_so_far is {so_far}; it must be below max_tokens "
+                f"({request.sampling.max_tokens}) and the prompt's length ({len(prompt)})"
+            )
+
+
+@dataclass(slots=True)
+class Delivery:
+    """What came in since the last turn."""
+
+    arrivals: list[ActiveRequest] = field(default_factory=list)
+    aborts: list[ActiveRequest] = field(default_factory=list)
+    closing: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.arrivals or self.aborts or self.closing)
+
+
+class Inbox:
+    """Requests and aborts on their way to the engine's thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._delivery = Delivery()
+        self._refusal: str | None = None
+
+    def submit(self, active: ActiveRequest) -> None:
+        """Hand a request over; `ReplicaUnavailableError` once closed."""
+        with self._changed:
+            if self._refusal is not None:
+                raise ReplicaUnavailableError(self._refusal)
+            self._delivery.arrivals.append(active)
+            self._changed.notify()
+
+    def abort(self, active: ActiveRequest) -> None:
+        """Ask to end a request; one that has ended is no error."""
+        with self._changed:
+            self._delivery.aborts.append(active)
+            self._changed.notify()
+
+    def close(self, refusal: str) -> None:
+        """Refuse new requests from now on, and tell the engine's thread to end."""
+        with self._changed:
+            self._refusal = self._refusal or refusal
+            self._delivery.closing = True
+            self._changed.notify()
+
+    def take(self, timeout_s: float | None) -> Delivery:
+        """All that came in; waits for something at most `timeout_s`, or for ever (None)."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._delivery), timeout_s)
+            delivery = self._delivery
+            self._delivery = Delivery(closing=delivery.closing)
+            return delivery

@@ -1,0 +1,239 @@
+"""What the next forward pass computes, and for whom.
+
+A request is admitted only when slots for its prompt and all its output are certain
+(TensorRT-LLM's GUARANTEED_NO_EVICT), so nothing that runs is ever thrown out and recomputed.
+Decoding comes first in a turn, then as much prefill as the token budget holds. A waiting request
+whose next block is being computed right now waits for that block instead of computing it again.
+Pure: sequences in, turns out.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from actors.engines.torch.sequence import Sequence
+from actors.engines.torch.slots import SlotPool
+from shared_cache.errors import ConfigError
+from shared_cache.hashing import BlockHash
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one turn. `max_draft_len` is for one sequence, `max_turn_drafts` for all of them:
+    a pass verifies drafts nearly for free only while it is bound by reading the weights.
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    block_reuse: bool = True
+    max_draft_len: int = 0
+    max_turn_drafts: int = 16
+
+    def __post_init__(self) -> None:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ConfigError(
+                f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size "
+                f"({self.max_batch_size}): one turn could not serve every request; raise it"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scheduled:
+    """`num_tokens` tokens of one sequence from position `start` on, then unverified `drafts`.
+
+    `samples` says that this reaches the sequence's end, so the next token comes out.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The position after the last token, drafts not counted."""
+        return self.start + self.num_tokens
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens fed to the model, drafts included."""
+        return self.num_tokens + len(self.drafts)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One engine turn. `fresh_slots` were newly allocated for it: their old content is void."""
+
+    items: tuple[Scheduled, ...]
+    fresh_slots: tuple[int, ...]
+
+
+def verified(drafts: tuple[int, ...], chosen: list[int]) -> list[int]:
+    """The tokens that are certain: drafts as far as they were chosen, and the token after them.
+
+    `chosen[i]` is the model's choice for the place of `drafts[i]`, the last one for the place
+    after all drafts.
+    """
+    for index, (draft, choice) in enumerate(zip(drafts, chosen, strict=False)):
+        if draft != choice:
+            return chosen[: index + 1]
+    return chosen
+
+
+class Scheduler:
+    """Waiting and running sequences over one pool.
+
+    At admission `load` is asked how many whole blocks of prompt tokens, beyond those on the device,
+    a connector will load, and then `allocated` is told that the prompt has its slots. Neither may
+    raise.
+    """
+
+    def __init__(
+        self,
+        pool: SlotPool,
+        limits: Limits,
+        load: Callable[[Sequence], int] = lambda sequence: 0,
+        allocated: Callable[[Sequence], None] = lambda sequence: None,
+    ) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_reused_blocks = 0
+        self.num_missed_blocks = 0
+        self._load = load
+        self._allocated = allocated
+        self._fresh: list[int] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose `max_total_tokens` fit the empty pool, else `ValueError`."""
+        if sequence.num_blocks(sequence.max_total_tokens) > self.pool.num_slots:
+            raise ValueError(f"{sequence.max_total_tokens} tokens never fit this pool")
+        self.waiting.append(sequence)
+
+    def drop(self, sequence: Sequence) -> list[int]:
+        """Forget a sequence, finished or not; its slots, which the caller has to release."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        slots, sequence.slots = sequence.slots, []
+        return slots
+
+    def decide(self) -> Turn:
+        """The next turn; its items are empty when nothing can run."""
+        self._fresh = []
+        items = self._decodes([s for s in self.running if s.is_decoding])
+        budget = self.limits.max_num_tokens - sum(item.num_fed for item in items)
+        for sequence in [s for s in self.running if not s.is_decoding]:
+            budget -= self._prefill(sequence, budget, items)
+        for sequence in self._admissible():
+            if budget <= 0:
+                break
+            self._admit(sequence)
+            budget -= self._prefill(sequence, budget, items)
+        return Turn(tuple(items), tuple(self._fresh))
+
+    def advance(self, item: Scheduled, new_tokens: list[int]) -> None:
+        """Record what a turn did: KV computed, tokens verified; full blocks become reusable."""
+        sequence = item.sequence
+        sequence.num_computed += item.num_tokens
+        if new_tokens:
+            sequence.append(new_tokens)
+            sequence.num_computed += len(new_tokens) - 1
+        if self.limits.block_reuse:
+            self._publish(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
+        num_full = sequence.num_computed // sequence.chain.tokens_per_block
+        for index in range(sequence.num_published_blocks, num_full):
+            self.pool.publish(sequence.slots[index], sequence.chain.hashes[index])
+        sequence.num_published_blocks = max(sequence.num_published_blocks, num_full)
+
+    def _decodes(self, decoding: list[Sequence]) -> list[Scheduled]:
+        limits, items = self.limits, []
+        if not decoding:
+            return []
+        spare = min(limits.max_turn_drafts, (limits.max_num_tokens - len(decoding)) // 2)
+        share = min(limits.max_draft_len, spare // len(decoding))
+        for sequence in decoding:
+            # A turn puts out one token more than it has drafts.
+            room = sequence.max_total_tokens - len(sequence.tokens) - 1
+            drafts = sequence.lookup.draft(min(share, room)) if sequence.lookup else []
+            item = Scheduled(sequence, sequence.num_computed, 1, True, tuple(drafts))
+            self._grow(sequence, item.start + item.num_fed)
+            items.append(item)
+        return items
+
+    def _prefill(self, sequence: Sequence, budget: int, items: list[Scheduled]) -> int:
+        """Schedule the next prompt tokens, whole blocks if possible; how many."""
+        if budget <= 0:
+            return 0
+        start = sequence.num_computed
+        end = start + min(sequence.num_uncomputed, budget)
+        is_last = end == len(sequence.tokens)
+        if not is_last:
+            aligned = end - end % sequence.chain.tokens_per_block
+            end = aligned if aligned > start else end
+        items.append(Scheduled(sequence, start, end - start, is_last))
+        return end - start
+
+    def _admissible(self) -> Iterator[Sequence]:
+        """Waiting sequences that may start now, in order; none overtakes one that lacks room."""
+        being_computed = set[BlockHash]()
+        for sequence in self.running:
+            being_computed.update(self._next_hashes(sequence, sequence.num_computed))
+        for sequence in tuple(self.waiting):
+            if len(self.running) >= self.limits.max_batch_size:
+                return
+            num_matched = self._match(sequence)
+            upcoming = self._next_hashes(sequence, num_matched * sequence.chain.tokens_per_block)
+            if upcoming and upcoming[0] in being_computed:
+                continue
+            if not self._fits(sequence, num_matched):
+                return
+            being_computed.update(upcoming)
+            yield sequence
+
+    def _next_hashes(self, sequence: Sequence, num_computed: int) -> list[BlockHash]:
+        """Hashes of the reusable prompt blocks that are computed after `num_computed` tokens."""
+        if not self.limits.block_reuse:
+            return []
+        start = num_computed // sequence.chain.tokens_per_block
+        return sequence.chain.hashes[start : sequence.num_reusable_blocks]
+
+    def _match(self, sequence: Sequence) -> int:
+        if not self.limits.block_reuse:
+            return 0
+        return self.pool.match(sequence.chain.hashes[: sequence.num_reusable_blocks])
+
+    def _fits(self, sequence: Sequence, num_matched: int) -> bool:
+        """True when slots for all of `sequence` remain after those promised to running ones."""
+        promised = sum(s.num_blocks(s.max_total_tokens) - len(s.slots) for s in self.running)
+        idle = self.pool.num_idle(sequence.chain.hashes[:num_matched])
+        needed = sequence.num_blocks(sequence.max_total_tokens) - num_matched
+        return needed <= self.pool.num_available - idle - promised
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Start a sequence: match, ask the connector, allocate; in TensorRT-LLM's order."""
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        num_matched = self._match(sequence)
+        block = sequence.chain.tokens_per_block
+        sequence.slots = self.pool.acquire(sequence.chain.hashes[:num_matched])
+        sequence.num_published_blocks = num_matched
+        sequence.num_device_tokens = num_matched * block
+        sequence.num_loaded_tokens = self._load(sequence) if self.limits.block_reuse else 0
+        sequence.num_computed = sequence.num_device_tokens + sequence.num_loaded_tokens
+        self._grow(sequence, sequence.num_prompt_tokens)
+        self._allocated(sequence)
+        self.num_reused_blocks += sequence.num_computed // block
+        self.num_missed_blocks += (sequence.num_prompt_tokens - sequence.num_computed) // block
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        missing = sequence.num_blocks(num_tokens) - len(sequence.slots)
+        if missing > 0:
+            slots = self.pool.allocate(missing)
+            sequence.slots += slots
+            self._fresh += slots
