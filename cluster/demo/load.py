@@ -1,0 +1,229 @@
+"""Scenario `load`: what a shared cache and a router are worth when several people ask at once.
+
+The same seeded conversations are served three times by two replicas: without any reuse, with each
+replica's own device pool, and with the shared cache and the prefix router. The pools are smaller
+than what is read, as they are in earnest, so a replica alone loses what it has computed.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.demo.asking import Answer, Asks
+from cluster.demo.chaos import KillOnce
+from cluster.demo.conversations import hold_conversations
+from cluster.demo.library import load_documents
+from cluster.demo.report import draw_load_chart
+from cluster.demo.scenario import Demo
+from cluster.demo.setups import fresh_cache, kv_cache_bytes, setup
+from cluster.demo.traffic import ClientScript, num_requests, plan_traffic
+
+REPLICAS = 2
+LABELS = {
+    "none": "(a) no reuse",
+    "local": "(b) alone",
+    "shared": "(c) shared",
+}
+CHART_LABELS = {
+    "none": "no reuse",
+    "local": "each replica\nalone",
+    "shared": "shared cache\nand router",
+}
+TIERS = ("device", "host", "shared", "computed")
+
+
+@dataclass(frozen=True, slots=True)
+class ModeFigures:
+    """One run of the traffic; times at the caller, tokens from the receipts."""
+
+    ttft_p50_s: float
+    ttft_p99_s: float
+    tokens_per_s: float
+    prefill_tokens_computed: int
+    tokens_from: dict[str, int]
+    num_requests: int
+    num_failovers: int
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """All three runs. With `chaos`, `killed` names the replica that was ended on purpose."""
+
+    modes: dict[str, ModeFigures]
+    num_lost: int
+    identical_output: bool
+    chaos: bool
+    killed: str | None
+    chart: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures, with the issue's names."""
+        rest = asdict(self)
+        modes: dict[str, Any] = rest.pop("modes")
+        return modes | rest
+
+    def summary(self) -> str:
+        """The outcome in words for somebody new to all this."""
+        none, local, shared = (self.modes[mode] for mode in LABELS)
+        return (
+            f"With several clients at once, sharing computed {shared.prefill_tokens_computed} "
+            f"prompt tokens where each replica alone computed {local.prefill_tokens_computed} and "
+            f"no reuse {none.prefill_tokens_computed}; the median wait for a first token was "
+            f"{shared.ttft_p50_s:.2f} s instead of {local.ttft_p50_s:.2f} s and "
+            f"{none.ttft_p50_s:.2f} s."
+        )
+
+    def failures(self) -> list[str]:
+        """The expectations that were not met."""
+        found = []
+        local, shared = (self.modes[name].prefill_tokens_computed for name in ("local", "shared"))
+        if shared >= local:
+            found.append(f"sharing computed {shared} prompt tokens, each replica alone {local}")
+        if self.num_lost:
+            found.append(f"{self.num_lost} requests were lost")
+        if self.chaos and not self.killed:
+            found.append("no answer was long enough to kill its replica in the middle of it")
+        if self.killed and not self.identical_output:
+            found.append(f"killing {self.killed} changed an output")
+        return found
+
+
+async def run_load(demo: Demo) -> LoadResult:
+    """Run the scenario; writes the bar chart into the report folder."""
+    sizes = demo.sizes.load
+    scripts = plan_traffic(
+        load_documents()[: sizes.num_documents],
+        demo.options.seed,
+        sizes.num_clients,
+        sizes.conversations_per_client,
+        sizes.turns_per_conversation,
+    )
+    demo.screen.scenario(
+        "load: several people, several documents, two replicas",
+        f"{sizes.num_clients} clients hold {num_requests(scripts)} turns of conversations about "
+        f"{sizes.num_documents} documents, three times over: (a) without reuse, (b) each replica "
+        "alone with what it has computed, (c) with the shared cache and the router.",
+    )
+    runs = {}
+    with tempfile.TemporaryDirectory(prefix="kvcommons-demo-") as folder:
+        for mode, config in _setups(demo, Path(folder)).items():
+            runs[mode] = await _run(demo, mode, config, scripts)
+    result = _result(demo, runs)
+    _print_result(demo, result)
+    return result
+
+
+def _setups(demo: Demo, store: Path) -> dict[str, ClusterConfig]:
+    """The three modes: the same pool everywhere; only reuse, cache and router differ."""
+    sizes = demo.sizes.load
+    block = demo.config.engine.kv_cache_config.tokens_per_block
+    pool = {"max_tokens": sizes.pool_tokens(block), "host_cache_size": None}
+    read_tokens = 2 * sizes.num_documents * sizes.request_tokens
+    reserve_bytes = kv_cache_bytes(demo.model, demo.config.engine, read_tokens)
+    cache = fresh_cache(demo.config, store, reserve_bytes).model_dump()
+    router = demo.options.router or demo.config.router.policy
+
+    def mode(name: str, reuse: bool, policy: str, cache: dict[str, Any] | None) -> ClusterConfig:
+        kv_cache = pool | {"enable_block_reuse": reuse}
+        engine = {"kv_cache_config": kv_cache, "speculative_config": None}
+        return setup(
+            demo.config, name, REPLICAS, engine=engine, cache=cache, router={"policy": policy}
+        )
+
+    return {
+        "none": mode("none", False, "round_robin", None),
+        "local": mode("local", True, "round_robin", None),
+        "shared": mode("shared", True, router, cache),
+    }
+
+
+async def _run(
+    demo: Demo, mode: str, config: ClusterConfig, scripts: Sequence[ClientScript]
+) -> "_Run":
+    total = num_requests(scripts)
+    async with demo.serve(config) as serving:
+        asks: Asks = serving.dispatcher
+        killer = None
+        if demo.options.chaos and mode == "shared":
+            asks = killer = KillOnce(asks, serving.kill_replica, after_requests=total // 3)
+        started_s = time.perf_counter()
+        with demo.screen.progress(LABELS[mode], total) as advance:
+            answers = await hold_conversations(demo, asks, scripts, advance)
+        wall_s = time.perf_counter() - started_s
+    killed = killer.killed if killer else None
+    if killed:
+        demo.screen.detail(f"{killed} was killed with SIGKILL while it was answering", "yellow")
+    return _Run(answers, total - len(answers), wall_s, killed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    answers: dict[str, Answer]
+    num_lost: int
+    wall_s: float
+    killed: str | None
+
+    def figures(self) -> ModeFigures:
+        answers = list(self.answers.values())
+        ttft_s = [answer.ttft_s for answer in answers]
+        tiers = {tier: sum(getattr(one.receipt, tier) for one in answers) for tier in TIERS}
+        return ModeFigures(
+            ttft_p50_s=percentile(ttft_s, 0.5),
+            ttft_p99_s=percentile(ttft_s, 0.99),
+            tokens_per_s=sum(len(answer.token_ids) for answer in answers) / self.wall_s,
+            prefill_tokens_computed=tiers["computed"],
+            tokens_from=tiers,
+            num_requests=len(answers),
+            num_failovers=sum(answer.num_failovers for answer in answers),
+            wall_s=self.wall_s,
+        )
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """The smallest of `values` that at least `fraction` of them do not exceed (nearest rank)."""
+    ranked = sorted(values)
+    return ranked[max(1, math.ceil(fraction * len(ranked))) - 1]
+
+
+def _result(demo: Demo, runs: dict[str, _Run]) -> LoadResult:
+    figures = {mode: run.figures() for mode, run in runs.items()}
+    texts = [{name: one.text for name, one in run.answers.items()} for run in runs.values()]
+    chart = demo.report_dir / "load.png"
+    draw_load_chart({mode: asdict(one) for mode, one in figures.items()}, CHART_LABELS, chart)
+    return LoadResult(
+        modes=figures,
+        num_lost=sum(run.num_lost for run in runs.values()),
+        identical_output=all(one == texts[0] for one in texts),
+        chaos=demo.options.chaos,
+        killed=runs["shared"].killed,
+        chart=str(chart),
+    )
+
+
+def _print_result(demo: Demo, result: LoadResult) -> None:
+    rows = [
+        (
+            LABELS[mode],
+            f"{one.ttft_p50_s:.2f} s",
+            f"{one.ttft_p99_s:.2f} s",
+            f"{one.tokens_per_s:.1f}",
+            *(str(one.tokens_from[tier]) for tier in ("computed", "device", "host", "shared")),
+        )
+        for mode, one in result.modes.items()
+    ]
+    columns = ("Mode", "TTFT p50", "p99", "tokens/s", "computed", "device", "host", "shared")
+    title = "Time to first token, output tokens/s, and where the prompt tokens came from"
+    demo.screen.table(title, columns, rows)
+    demo.screen.note(f"The chart is in {result.chart}")
+    local, shared = (result.modes[name].prefill_tokens_computed for name in ("local", "shared"))
+    good = not result.failures()
+    success = f"with sharing {shared / local:.2f} of the prompt tokens were computed"
+    if result.killed:
+        success += f"; {result.killed} was killed, no request was lost, no answer changed"
+    demo.screen.verdict(good, success if good else "; ".join(result.failures()))
