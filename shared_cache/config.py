@@ -18,7 +18,9 @@ class CacheConfig(Settings):
     """
 
     store: str | None = Field(
-        None, description="fsspec URL of the shared tier (file://, s3://, memory://...); null: none"
+        None,
+        description="fsspec URL of the shared tier (file://, s3://...); null: none. All replicas "
+        "must reach the same place: memory:// is one process's own and shares nothing",
     )
     store_options: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments for fsspec's file system"
@@ -30,9 +32,16 @@ class CacheConfig(Settings):
         2.0, ge=0, description="longest time a request waits for blocks from the shared tier"
     )
     store_timeout_s: float = Field(
-        30.0, gt=0, description="longest time for one store operation, at start and when saving"
+        30.0,
+        gt=0,
+        description="longest time to open the store; reading or saving that takes longer counts as "
+        "a fault, and the store is left alone until it answers",
     )
     save_queue_bytes: ByteSize = Field(
-        ByteSize(256 << 20), ge=0, description="blocks waiting to be written; more are dropped"
+        ByteSize(256 << 20),
+        ge=0,
+        description="blocks waiting to be written, at most half of the host tier; more are dropped",
     )
-    io_threads: int = Field(4, ge=1, le=64, description="threads that read and write the store")
+    io_threads: int = Field(
+        4, ge=1, le=64, description="threads that read the store; as many, but at most 4, write it"
+    )

@@ -12,8 +12,6 @@ mood of a remote file system, becomes a shorter match or one clear `StoreError`.
 import logging
 import os
 import re
-import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +29,7 @@ from shared_cache.errors import (
     StoreFullError,
     StoreReadOnlyError,
 )
+from shared_cache.faults import FaultLog
 from shared_cache.fsspec_media import ObjectMedium, RenamingMedium
 from shared_cache.hashing import BlockHash
 from shared_cache.io_errors import reading, writing
@@ -51,6 +50,8 @@ OBJECT_STORES = frozenset(
 EXTRAS = {"s3": "s3", "s3a": "s3"}
 """Which extra of this package brings the back end of a protocol."""
 
+MAX_OBJECT_BYTES = 64 << 20
+"""Longer runs become several objects: an upload to an object store joins one in memory."""
 
 MAX_READ_FAULTS = 8
 """After so many faults in one read the rest is a miss: somebody is rewriting what is read."""
@@ -97,14 +98,12 @@ class FsBlockStore(BlockStore):
         self.url = url
         self._medium = medium
         self._known = KnownRuns()
-        self._fault_lock = threading.Lock()
-        self._faults: Counter[str] = Counter()
+        self._faults = {fault: FaultLog(logger) for fault in StoreFaults.__slots__}
 
     @property
     def faults(self) -> StoreFaults:
         """Counts since this store was opened."""
-        with self._fault_lock:
-            return StoreFaults(**{key: self._faults[key] for key in StoreFaults.__slots__})
+        return StoreFaults(**{fault: log.num_faults for fault, log in self._faults.items()})
 
     def match(self, hashes: Sequence[BlockHash]) -> int:
         """See `BlockStore.match`."""
@@ -143,20 +142,20 @@ class FsBlockStore(BlockStore):
         self.check_buffers(run.hashes, run.payloads)
         if self.read_only:
             raise StoreReadOnlyError(f"{self.url} was opened read-only: it could not be written to")
-        start, replace = self.match(run.hashes), False
+        start, num_written, replace = self.match(run.hashes), 0, False
         while start < len(run.hashes):
-            rest = run.tail(start)
-            encoded = codec.encode(self.namespace, rest)
-            name = object_name(rest.hashes[0])
+            encoded = codec.encode(self.namespace, self._one_object(run.tail(start)))
+            name = object_name(run.hashes[start])
             with writing(self.url):
                 is_published = self._medium.publish(name, encoded.parts, replace=replace)
             if is_published:
                 self._known.add(name, encoded.index)
-                return len(rest.hashes)
-            # Somebody has this name already: keep that if it is readable, write what it lacks.
-            num_found = self.match(rest.hashes)
-            start, replace = start + num_found, not num_found
-        return 0
+                num_written += len(encoded.payloads)
+                start += len(encoded.payloads)
+            # Else somebody has this name already: keep that if readable, write what it lacks.
+            num_found = self.match(run.hashes[start:])
+            start, replace = start + num_found, not (is_published or num_found)
+        return num_written
 
     def entries(self) -> Iterator[StoredRun]:
         """See `BlockStore.entries`; remembers every head on the way."""
@@ -175,6 +174,11 @@ class FsBlockStore(BlockStore):
         with writing(self.url):
             self._medium.remove(name)
         self._known.forget(name)
+
+    def _one_object(self, run: BlockRun) -> BlockRun:
+        """The leading blocks of `run` that go into one object."""
+        num_blocks = max(1, MAX_OBJECT_BYTES // self.namespace.layout.block_bytes)
+        return BlockRun(run.parent, run.hashes[:num_blocks], run.payloads[:num_blocks])
 
     def _find(self, block_hash: BlockHash) -> Place | None:
         place = self._known.find(block_hash)
@@ -213,9 +217,8 @@ class FsBlockStore(BlockStore):
                 logger.warning("could not remove the damaged object %s: %s", name, failure)
 
     def _count(self, fault: str, name: str, why: object) -> None:
-        with self._fault_lock:
-            self._faults[fault] += 1
-        logger.warning("%s object %s in %s: %s; it is a miss", fault, name, self.url, why)
+        # Where it cannot be removed a bad object is met again and again: seldom logged.
+        self._faults[fault].record(f"{fault} object {name} in {self.url}, a miss", StoreError(why))
 
 
 def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:

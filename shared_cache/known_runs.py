@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from shared_cache.codec import RunHead
 from shared_cache.hashing import BlockHash, common_prefix_len
 
-MAX_RUNS = 100_000
-"""Oldest runs beyond this are forgotten, so that a process that lives for months stays small."""
+MAX_BLOCKS = 500_000
+"""Oldest runs beyond so many blocks are forgotten: about 100 MB, in a process that lives months."""
+
+RUN_COST_BLOCKS = 2
+"""A run by itself, its name above all, takes about as much memory as so many blocks more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +35,40 @@ class Place:
 
 
 class KnownRuns:
-    """The heads seen so far, by block; thread-safe."""
+    """The heads seen so far, by block; thread-safe.
 
-    def __init__(self, max_runs: int = MAX_RUNS) -> None:
-        self._max_runs = max_runs
+    A block maps to the name of its object alone; its row is looked up in the head when it is asked
+    for, which is seldom compared with how many blocks are remembered.
+    """
+
+    def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
+        self._max_blocks = max_blocks
+        self._num_blocks = 0
         self._lock = threading.Lock()
         self._heads: OrderedDict[str, RunHead] = OrderedDict()
-        self._places: dict[BlockHash, Place] = {}
+        self._names: dict[BlockHash, str] = {}
 
     def find(self, block_hash: BlockHash) -> Place | None:
         """Where `block_hash` was seen last."""
         with self._lock:
-            return self._places.get(block_hash)
+            name = self._names.get(block_hash)
+            if name is None:
+                return None
+            head = self._heads[name]
+        return Place(name, head, head.hashes.index(block_hash))
 
     def add(self, name: str, head: RunHead) -> None:
-        """Remember the head of an object, instead of an older one under the same name."""
+        """Remember the head of an object, instead of an older one under the same name.
+
+        Each run counts as `RUN_COST_BLOCKS` blocks more than it has. The newest head stays, however
+        long it is.
+        """
         with self._lock:
             self._forget(name)
             self._heads[name] = head
-            self._places.update({h: Place(name, head, row) for row, h in enumerate(head.hashes)})
-            if len(self._heads) > self._max_runs:
+            self._num_blocks += len(head.hashes) + RUN_COST_BLOCKS
+            self._names.update(dict.fromkeys(head.hashes, name))
+            while self._num_blocks > self._max_blocks and len(self._heads) > 1:
                 self._forget(next(iter(self._heads)))
 
     def forget(self, name: str) -> None:
@@ -61,7 +78,9 @@ class KnownRuns:
 
     def _forget(self, name: str) -> None:
         head = self._heads.pop(name, None)
-        for block_hash in head.hashes if head else ():
-            place = self._places.get(block_hash)
-            if place is not None and place.name == name:
-                del self._places[block_hash]
+        if head is None:
+            return
+        self._num_blocks -= len(head.hashes) + RUN_COST_BLOCKS
+        for block_hash in head.hashes:
+            if self._names.get(block_hash) == name:
+                del self._names[block_hash]

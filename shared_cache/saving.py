@@ -3,15 +3,18 @@
 An engine that waits for a store is slower than one without a cache. So saves go through a queue
 that is bounded by bytes: when the store is slower than the engine, or dead, the newest blocks are
 dropped and counted; they stay in host memory and serve this machine as long as they live there.
+A block is offered once (what the host tier has is not saved again), so a save outlives an outage of
+the store in the queue: dropped there, the hottest prefix would never reach the other replicas.
 """
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shared_cache.errors import StoreReadOnlyError
+from shared_cache.errors import StoreFullError, StoreReadOnlyError, StoreUnavailableError
 from shared_cache.faults import StoreGuard
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier
@@ -20,7 +23,19 @@ from shared_cache.store import BlockRun, BlockStore
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
-"""How long closing waits for the store call that is under way."""
+"""How long closing waits for the store calls that are under way."""
+
+MAX_THREADS = 4
+"""Enough to hide the look-up before an upload; more only take bandwidth from reading."""
+
+MERGED_BLOCKS = 64
+"""Queued runs that continue each other become one object of up to so many blocks."""
+
+MAX_SETBACKS = 5
+"""A run that fails so often while others succeed is at fault itself, and dropped."""
+
+PAUSE_POLL_S = 0.25
+"""How often a thread asks whether the store is usable again, while there is something to save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +52,63 @@ class SaveCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Save:
-    lease: HostLease
+    """A run whose blocks lie in the slots of `leases`, in order."""
+
+    leases: tuple[HostLease, ...]
     parent: BlockHash
     hashes: tuple[BlockHash, ...]
+    num_setbacks: int = 0
+
+    def takes(self, other: "_Save") -> bool:
+        """Whether `other` continues this run, and both together are small enough."""
+        num_blocks = len(self.hashes) + len(other.hashes)
+        return other.parent == self.hashes[-1] and num_blocks <= MERGED_BLOCKS
+
+    def merged(self, other: "_Save") -> "_Save":
+        return _Save(
+            self.leases + other.leases,
+            self.parent,
+            self.hashes + other.hashes,
+            max(self.num_setbacks, other.num_setbacks),
+        )
 
 
 class SaveQueue:
-    """Writes leased host blocks to the store in the background, one thread, in order."""
+    """Writes leased host blocks to the store in the background.
+
+    Several threads write, each a run of its own, in any order: a run that is stored before the one
+    in front of it is found as soon as that one is there, and never by a wrong name. Only runs with
+    the same first block wait for each other, as they would replace each other in an object store.
+    The queue holds leases on at most half of the host tier, so that a dead store cannot pin it.
+    """
 
     def __init__(
-        self, host: HostTier, store: BlockStore, guard: StoreGuard, max_bytes: int
+        self,
+        host: HostTier,
+        store: BlockStore,
+        guard: StoreGuard,
+        max_bytes: int,
+        num_threads: int = MAX_THREADS,
     ) -> None:
+        """Start `num_threads` threads, but at most `MAX_THREADS`."""
         self._host = host
         self._store = store
         self._guard = guard
-        self._max_blocks = max_bytes // store.namespace.layout.block_bytes
+        self._max_blocks = min(
+            max_bytes // store.namespace.layout.block_bytes, max(1, host.stats().num_slots // 2)
+        )
         self._changed = threading.Condition()
         self._queue: deque[_Save] = deque()
+        self._writing: set[BlockHash] = set()
         self._num_saved = self._num_dropped = self._num_pending = 0
         self._accepts = True
-        self._thread = threading.Thread(target=self._work, name="kvcommons-save", daemon=True)
-        self._thread.start()
+        self._last_succeeded = True
+        self._threads = [
+            threading.Thread(target=self._work, name=f"kvcommons-save-{index}", daemon=True)
+            for index in range(min(num_threads, MAX_THREADS))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def counts(self) -> SaveCounts:
@@ -74,17 +125,14 @@ class SaveQueue:
             room = self._max_blocks - self._num_pending if self._accepts else 0
             kept = tuple(hashes[: max(0, room)])
             self._num_dropped += len(hashes) - len(kept)
+            is_whole = len(kept) == len(hashes)
             if kept:
+                held = lease if is_whole else self._host.lease(kept)
                 self._num_pending += len(kept)
-                self._queue.append(_Save(lease, parent, kept))
+                self._queue.append(_Save((held,), parent, kept))
                 self._changed.notify_all()
-        if not kept:
+        if not kept or not is_whole:
             self._host.release(lease)
-
-    def count_dropped(self, num_blocks: int) -> None:
-        """Count blocks that could not even be queued."""
-        with self._changed:
-            self._num_dropped += num_blocks
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is pending; False when time ran out."""
@@ -92,51 +140,100 @@ class SaveQueue:
             return self._changed.wait_for(lambda: not self._num_pending, timeout_s)
 
     def close(self) -> None:
-        """Drop what is queued and wait a while for the write that is under way."""
+        """Drop what is queued and wait a while for the writes that are under way."""
+        self._stop()
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            logger.warning("a write to the shared tier is stuck and left behind")
+
+    def _stop(self) -> None:
+        """Accept nothing from now on, and drop what is queued."""
         with self._changed:
             self._accepts = False
             dropped = list(self._queue)
             self._queue.clear()
             self._changed.notify_all()
         for save in dropped:
-            self._done(save, None)
-        self._thread.join(CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():
-            logger.warning("a write to the shared tier is stuck and left behind")
+            self._end(save, None)
 
     def _work(self) -> None:
-        while (save := self._next()) is not None:
-            num_written: int | None = None
-            try:
-                if self._guard.usable():
-                    num_written = self._write(save)
-            finally:
-                self._done(save, num_written)
+        while self._wait_for_ready():
+            if not self._guard.usable():
+                self._pause()
+            elif (save := self._take()) is not None:
+                self._write(save)
 
-    def _next(self) -> _Save | None:
+    def _wait_for_ready(self) -> bool:
+        """Wait until there is a save to write; False when there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or not self._accepts)
-            return self._queue.popleft() if self._queue else None
+            self._changed.wait_for(lambda: not self._accepts or self._ready() is not None)
+            return self._accepts
 
-    def _write(self, save: _Save) -> int | None:
-        """How many blocks were missing in the store and are there now; None when it failed."""
-        slots = save.lease.slots[: len(save.hashes)]
+    def _pause(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._accepts, PAUSE_POLL_S)
+
+    def _ready(self) -> int | None:
+        """The place in the queue of the first save that may be written now."""
+        return next(
+            (i for i, save in enumerate(self._queue) if save.hashes[0] not in self._writing), None
+        )
+
+    def _take(self) -> _Save | None:
+        """The next save, with those behind it in the queue that continue its run."""
+        with self._changed:
+            index = self._ready()
+            if index is None:
+                return None
+            save = self._queue[index]
+            del self._queue[index]
+            while index < len(self._queue) and save.takes(self._queue[index]):
+                save = save.merged(self._queue[index])
+                del self._queue[index]
+            self._writing.add(save.hashes[0])
+            return save
+
+    def _write(self, save: _Save) -> None:
+        """Write one run, and count it, queue it again, or drop it."""
+        slots = [slot for lease in save.leases for slot in lease.slots]
         payloads = tuple(self._host.buffer(slot).toreadonly() for slot in slots)
+        num_written: int | None = None
+        may_pass = False
         with self._guard.operation():
             try:
-                return self._store.write(BlockRun(save.parent, save.hashes, payloads))
+                num_written = self._store.write(BlockRun(save.parent, save.hashes, payloads))
+            except (StoreUnavailableError, StoreFullError):
+                may_pass = True
+                raise
             except StoreReadOnlyError as error:
                 logger.warning("the shared tier cannot be written to, saving ends here: %s", error)
-                self._stop_accepting()
+                self._stop()
                 raise
-        return None
+        if not self._settled(save, num_written is not None, may_pass):
+            self._end(save, num_written)
 
-    def _stop_accepting(self) -> None:
+    def _settled(self, save: _Save, succeeded: bool, may_pass: bool) -> bool:
+        """Note how a write ended; True when the save waits in the queue for another try.
+
+        It goes to the end: a run that cannot be stored must not keep the others waiting. Its blocks
+        never ceased to count as pending, so there is room for it.
+        """
         with self._changed:
-            self._accepts = False
+            self._writing.discard(save.hashes[0])
+            num_setbacks = save.num_setbacks + self._last_succeeded
+            self._last_succeeded = succeeded
+            tries_again = may_pass and self._accepts and num_setbacks < MAX_SETBACKS
+            if tries_again:
+                self._queue.append(replace(save, num_setbacks=num_setbacks))
+            self._changed.notify_all()
+            return tries_again
 
-    def _done(self, save: _Save, num_written: int | None) -> None:
-        self._host.release(save.lease)
+    def _end(self, save: _Save, num_written: int | None) -> None:
+        """Give the leases back and count the blocks: missing before and stored now, or dropped."""
+        for lease in save.leases:
+            self._host.release(lease)
         with self._changed:
             if num_written is None:
                 self._num_dropped += len(save.hashes)

@@ -81,10 +81,10 @@ class BlockStore(ABC):
 
     @abstractmethod
     def write(self, run: BlockRun) -> int:
-        """Store the blocks of `run` that are missing, all or nothing; how many were written.
+        """Store the blocks of `run` that are missing, leading ones first; how many were written.
 
         Raises `StoreReadOnlyError`, `StoreFullError` or another `StoreError`; readers then see
-        what was there before.
+        what was there before, and of a long run perhaps some more leading blocks, each whole.
         """
 
     @abstractmethod

@@ -115,10 +115,21 @@ class SharedCacheWorker:
                 copies += zip(buffers, run.device_blocks, strict=False)
             copier.save(copies, stream, partial(self._publish, reserved))
         except BaseException:
+            # What is published has left `reserved`, and its slots belong to the host tier.
             self._cache.host.cancel([slot for _, slots in reserved for slot in slots])
             raise
 
-    def _publish(self, reserved: Sequence[ReservedRun]) -> None:
-        for run, slots in reserved:
+    def _publish(self, reserved: list[ReservedRun]) -> None:
+        """Publish run after run, each taken out of `reserved` before; none stops the next one."""
+        while reserved:
+            run, slots = reserved.pop(0)
             if slots:
-                self._cache.save(slots, run.parent, run.hashes[: len(slots)])
+                with self._faults.caught("publishing a save"):
+                    self._publish_run(run, slots)
+
+    def _publish_run(self, run: SaveRun, slots: tuple[int, ...]) -> None:
+        try:
+            self._cache.save(slots, run.parent, run.hashes[: len(slots)])
+        except BaseException:
+            self._cache.host.cancel(slots)  # a commit that fails has published nothing
+            raise

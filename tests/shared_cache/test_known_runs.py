@@ -2,7 +2,7 @@
 
 from shared_cache.codec import RunHead
 from shared_cache.hashing import BlockHashChain
-from shared_cache.known_runs import KnownRuns
+from shared_cache.known_runs import RUN_COST_BLOCKS, KnownRuns
 from tests.shared_cache.fakes import chain_of
 
 
@@ -45,9 +45,10 @@ def test_forgetting_one_run_leaves_what_another_one_holds() -> None:
     assert known.find(chain.hashes[3]) is None
 
 
-def test_the_oldest_run_is_forgotten_first() -> None:
-    known = KnownRuns(max_runs=2)
-    chains = [chain_of(2, first_token=100 * i) for i in range(4)]
+def test_the_oldest_runs_are_forgotten_when_there_are_too_many_blocks() -> None:
+    """Runs of any length: what takes memory is bounded, not how many runs there are."""
+    known = KnownRuns(max_blocks=2 * (4 + RUN_COST_BLOCKS))
+    chains = [chain_of(4, first_token=100 * i) for i in range(4)]
     for index, chain in enumerate(chains):
         known.add(str(index), head_of(chain))
     assert [known.find(chain.hashes[1]) is not None for chain in chains] == [
@@ -56,3 +57,18 @@ def test_the_oldest_run_is_forgotten_first() -> None:
         True,
         True,
     ]
+    known.add("3", head_of(chains[3]))  # again: it counts once
+    assert known.find(chains[2].hashes[0])
+    long = chain_of(9, first_token=900)
+    known.add("long", head_of(long))
+    assert known.find(chains[2].hashes[0]) is None
+    assert known.find(chains[3].hashes[0]) is None
+    assert known.find(long.hashes[8])
+
+
+def test_the_newest_run_is_kept_even_if_it_is_longer_than_the_limit() -> None:
+    known, long = KnownRuns(max_blocks=3), chain_of(9)
+    known.add("long", head_of(long))
+    assert known.find(long.hashes[8])
+    known.add("short", head_of(chain_of(1, first_token=500)))
+    assert known.find(long.hashes[8]) is None

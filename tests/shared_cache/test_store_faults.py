@@ -179,6 +179,25 @@ class TestReadOnly:
         assert store.faults.corrupt == 1
         assert objects(url) == [path]
 
+    def test_a_damaged_head_in_it_is_counted_each_time_and_logged_once(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        url, chain = f"file://{tmp_path}/store", chain_of(3)
+        open_store(url, NAMESPACE).write(run_of(chain))
+        (path,) = objects(url)
+        os.truncate(path, 600)
+        forbid_local_writes(monkeypatch, errno.EROFS)
+        store = open_store(url, NAMESPACE)
+        caplog.clear()
+        for _ in range(5):
+            assert store.match(chain.hashes) == 0
+        assert store.faults.corrupt == 5
+        assert len(caplog.records) == 1
+        assert path.endswith(caplog.messages[0].split()[2])
+
     def test_a_folder_that_cannot_be_made(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from shared_cache import fs_store
 from shared_cache.fs_store import StoreFaults, open_store
 from shared_cache.hashing import BlockHashChain
 from shared_cache.store import BlockStore, MemoryBlockStore
@@ -186,6 +187,19 @@ def test_listing_rebuilds_the_knowledge_of_inner_blocks(url: str) -> None:
     assert [entry.hashes for entry in fresh.entries()] == [tuple(chain.hashes)]
     assert fresh.match(chain.hashes[3:]) == 3
     assert read_all(fresh, chain.hashes[3:]) == payloads_of(chain.hashes[3:])
+
+
+def test_a_long_run_becomes_objects_of_a_limited_size(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fs_store, "MAX_OBJECT_BYTES", 4 * BLOCK_BYTES + 1)
+    store, chain = open_store(url, NAMESPACE), chain_of(15)
+    store.write(run_of(chain_of(5)).tail(4))  # a block in the middle is there already
+    assert store.write(run_of(chain)) == 14
+    assert store.write(run_of(chain)) == 0
+    fresh = open_store(url, NAMESPACE)
+    assert sorted(len(entry.hashes) for entry in fresh.entries()) == [1, 2, 4, 4, 4]
+    assert read_all(open_store(url, NAMESPACE), chain.hashes) == payloads_of(chain.hashes)
 
 
 def test_names_in_the_store(url: str) -> None:
