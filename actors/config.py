@@ -39,6 +39,9 @@ class EngineConfig(Settings):
         "float32", description="of weights and KV; on a CPU float32 keeps greedy output exact"
     )
     max_batch_size: int = Field(8, ge=1, description="requests that run at the same time")
+    max_waiting_requests: int = Field(
+        512, ge=0, description="requests that one replica holds beyond those; more go elsewhere"
+    )
     max_num_tokens: int = Field(
         512, ge=1, description="tokens computed in one turn; longer prompts go in chunks"
     )
@@ -47,13 +50,24 @@ class EngineConfig(Settings):
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     speculative_config: NGramConfig | None = None
 
+    @property
+    def max_outstanding(self) -> int:
+        """Requests that one replica takes at the same time, running or waiting."""
+        return self.max_batch_size + self.max_waiting_requests
+
     @model_validator(mode="after")
-    def _chunks_hold_whole_blocks(self) -> "EngineConfig":
+    def _a_turn_holds_what_it_must(self) -> "EngineConfig":
         block = self.kv_cache_config.tokens_per_block
         if self.max_num_tokens < block:
             raise ValueError(
                 f"max_num_tokens ({self.max_num_tokens}) is below tokens_per_block ({block}); "
                 "raise it to at least that"
+            )
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size "
+                f"({self.max_batch_size}), so one turn could not serve every request; raise it to "
+                "at least that"
             )
         return self
 

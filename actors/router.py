@@ -2,19 +2,20 @@
 
 Load that is polled is late, and a burst of requests would then all see the same idle replica. So a
 route is booked in the call that chooses it; the caller reports the first token and the end. What a
-caller that died never reports expires. What a dead replica held goes with it.
+caller that died never reports expires. What a dead replica held goes with it, and what a receipt
+disproves is believed no more.
 """
 
 import random
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
 
 from actors.engine import Receipt
+from actors.reservations import Reservation, Reservations
 from actors.routing import PrefixIndex, PromptView, ReplicaView, WorkModel, make_policy
 from shared_cache.config import Settings
 from shared_cache.hashing import BlockHash
@@ -35,7 +36,10 @@ class RouterConfig(Settings):
         32.0, ge=0, description="work, in tokens, that each running request of a replica counts"
     )
     reservation_timeout_s: float = Field(
-        600.0, gt=0, description="a booking that nobody reports on for so long is dropped"
+        600.0, gt=0, description="a booking without a first token for so long is dropped"
+    )
+    stream_timeout_s: float = Field(
+        21600.0, gt=0, description="a stream whose end nobody reports for so long is no load"
     )
     shared_index_blocks: int = Field(
         1 << 20, ge=1, description="blocks that the router remembers of the shared tier"
@@ -92,23 +96,6 @@ class _Replica:
     num_routed: int = 0
 
 
-@dataclass(slots=True)
-class _Reservation:
-    replica_id: str
-    hashes: Sequence[BlockHash]
-    work_tokens: int
-    cached_tokens: int
-    expires_at_s: float
-
-
-@dataclass(slots=True)
-class _Counts:
-    next_id: int = 1
-    expired: int = 0
-    predicted_cached: int = 0
-    actual_cached: int = 0
-
-
 class Router:
     """Chooses replicas and keeps book; not thread-safe, no I/O.
 
@@ -130,8 +117,8 @@ class Router:
         self._work = WorkModel(config.fetch_cost, config.outstanding_cost)
         self._policy = make_policy(config.policy, self._work, rng or random.Random())
         self._replicas: dict[str, _Replica] = {}
-        self._reservations: OrderedDict[int, _Reservation] = OrderedDict()  # by expiry
-        self._counts = _Counts()
+        self._reservations = Reservations(config.reservation_timeout_s, config.stream_timeout_s)
+        self._num_expired = self._predicted_cached = self._actual_cached = 0
         self._index = PrefixIndex()
         if shares:
             self._index.add_holder(SHARED_TIER, config.shared_index_blocks)
@@ -169,14 +156,17 @@ class Router:
         self._forget(replica_id)
         self._replicas.pop(replica_id, None)
 
-    def route(self, hashes: Sequence[BlockHash], num_prompt_tokens: int) -> Route | None:
-        """Choose a replica for a prompt and book the work; None when no replica is alive.
+    def route(
+        self, hashes: Sequence[BlockHash], num_prompt_tokens: int, avoid: Collection[str] = ()
+    ) -> Route | None:
+        """Choose a replica for a prompt and book the work; None when none but `avoid` is alive.
 
         `hashes` are the prompt's full blocks that may be reused, first block first.
         """
         self._expire()
         prompt = PromptView(num_prompt_tokens, self._known_tokens(SHARED_TIER, hashes))
-        candidates = [self._view(one, hashes) for one, r in self._replicas.items() if r.alive]
+        able = [one for one, r in self._replicas.items() if r.alive and one not in avoid]
+        candidates = [self._view(one, hashes) for one in able]
         if not candidates:
             return None
         return self._book(prompt, self._policy.choose(prompt, candidates), hashes)
@@ -186,15 +176,13 @@ class Router:
 
         False when the reservation has expired or went with its replica.
         """
-        reservation = self._reservations.get(reservation_id)
+        reservation = self._reservations.start(reservation_id, self._clock())
         if reservation is None:
             return False
-        self._counts.predicted_cached += reservation.cached_tokens
-        self._counts.actual_cached += receipt.cached
+        self._predicted_cached += max(reservation.known_tokens, reservation.shared_tokens)
+        self._actual_cached += receipt.cached
         self._release_work(reservation)
-        self._index.add(SHARED_TIER, reservation.hashes)
-        reservation.expires_at_s = self._clock() + self._config.reservation_timeout_s
-        self._reservations.move_to_end(reservation_id)
+        self._learn(reservation, receipt)
         return True
 
     def finished(self, reservation_id: int, hashes: Sequence[BlockHash] = ()) -> bool:
@@ -206,7 +194,8 @@ class Router:
         if reservation is None:
             return False
         self._index.add(reservation.replica_id, hashes)
-        self._index.add(SHARED_TIER, hashes)
+        if reservation.is_saved:
+            self._index.add(SHARED_TIER, hashes)
         self._drop(reservation_id)
         return True
 
@@ -229,9 +218,9 @@ class Router:
             ),
             shared_blocks=self._index.num_blocks(SHARED_TIER),
             num_reservations=len(self._reservations),
-            num_expired=self._counts.expired,
-            predicted_cached_tokens=self._counts.predicted_cached,
-            actual_cached_tokens=self._counts.actual_cached,
+            num_expired=self._num_expired,
+            predicted_cached_tokens=self._predicted_cached,
+            actual_cached_tokens=self._actual_cached,
         )
 
     def _known_tokens(self, holder: str, hashes: Sequence[BlockHash]) -> int:
@@ -249,15 +238,9 @@ class Router:
     def _book(self, prompt: PromptView, view: ReplicaView, hashes: Sequence[BlockHash]) -> Route:
         replica = self._replicas[view.replica_id]
         work = self._work.prefill(prompt, view.known_tokens)
-        reservation_id = self._counts.next_id
-        self._counts.next_id += 1
-        self._reservations[reservation_id] = _Reservation(
-            replica_id=view.replica_id,
-            hashes=hashes,
-            work_tokens=work,
-            cached_tokens=max(view.known_tokens, prompt.shared_tokens),
-            expires_at_s=self._clock() + self._config.reservation_timeout_s,
-        )
+        known, shared = view.known_tokens, prompt.shared_tokens
+        reservation = Reservation(view.replica_id, hashes, work, known, shared)
+        reservation_id = self._reservations.add(reservation, self._clock())
         replica.reservations.add(reservation_id)
         replica.pending_tokens += work
         replica.num_routed += 1
@@ -271,7 +254,30 @@ class Router:
             work_tokens=work,
         )
 
-    def _release_work(self, reservation: _Reservation) -> None:
+    def _learn(self, reservation: Reservation, receipt: Receipt) -> None:
+        """Correct what was believed when booking by what the prompt really found.
+
+        Its blocks are in the replica now, so there only what was believed to follow them goes. A
+        shared tier that did not give blocks may not take these either: the next report decides.
+        """
+        hashes, own_tokens = reservation.hashes, receipt.device + receipt.host
+        if self._corrects(reservation.replica_id, hashes, reservation.known_tokens, own_tokens):
+            self._index.add(reservation.replica_id, hashes)
+        disproved = self._corrects(SHARED_TIER, hashes, reservation.shared_tokens, receipt.cached)
+        reservation.is_saved = not disproved
+        if not disproved:
+            self._index.add(SHARED_TIER, hashes)
+
+    def _corrects(
+        self, holder: str, hashes: Sequence[BlockHash], believed_tokens: int, found_tokens: int
+    ) -> bool:
+        """Forget the first block that the holder turned out to lack, and all that follow it."""
+        if found_tokens >= believed_tokens:
+            return False
+        self._index.forget(holder, hashes[found_tokens // self._tokens_per_block])
+        return True
+
+    def _release_work(self, reservation: Reservation) -> None:
         replica = self._replicas[reservation.replica_id]
         replica.pending_tokens -= reservation.work_tokens
         reservation.work_tokens = 0
@@ -289,10 +295,6 @@ class Router:
         self._index.remove_holder(replica_id)
 
     def _expire(self) -> None:
-        now = self._clock()
-        while self._reservations:
-            reservation_id, oldest = next(iter(self._reservations.items()))
-            if oldest.expires_at_s > now:
-                return
+        for reservation_id in self._reservations.expired(self._clock()):
             self._drop(reservation_id)
-            self._counts.expired += 1
+            self._num_expired += 1

@@ -145,45 +145,46 @@ class PrefixIndex:
     """Which leading blocks each holder is believed to have; a hint, never the truth.
 
     A holder is a replica or the shared tier. Per holder the least recently used block goes first
-    when `capacity` is exceeded. Chains are always added whole and their first block last, so a
-    block is never forgotten before its descendants: what is left of a chain is a prefix of it, and
+    when `capacity` is exceeded. Chains are always added whole and their first block last, and a
+    block is forgotten with its descendants only: what is left of a chain is a prefix of it, and
     `depth` may search by halving.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, OrderedDict[BlockHash, None]] = {}
-        self._capacity: dict[str, int] = {}
+        self._holders: dict[str, _Holder] = {}
 
     def add_holder(self, holder: str, capacity: int) -> None:
         """Start afresh for one holder, which can have at most `capacity` blocks."""
-        self._known[holder] = OrderedDict()
-        self._capacity[holder] = capacity
+        self._holders[holder] = _Holder(capacity)
 
     def remove_holder(self, holder: str) -> None:
         """Forget a holder and everything it had; an unknown one is no error."""
-        self._known.pop(holder, None)
-        self._capacity.pop(holder, None)
+        self._holders.pop(holder, None)
 
     def add(self, holder: str, hashes: Sequence[BlockHash]) -> None:
         """Believe that `holder` has this chain, from block 0; for an unknown holder, nothing."""
-        blocks = self._known.get(holder)
-        if blocks is None:
-            return
-        for block_hash in reversed(hashes):
-            blocks[block_hash] = None
-            blocks.move_to_end(block_hash)
-        while len(blocks) > self._capacity[holder]:
-            blocks.popitem(last=False)
+        known = self._holders.get(holder)
+        if known is not None:
+            known.add(hashes)
+
+    def forget(self, holder: str, block_hash: BlockHash) -> None:
+        """Believe no more that `holder` has this block, or any that follows it in some chain.
+
+        An unknown holder or block is no error.
+        """
+        known = self._holders.get(holder)
+        if known is not None:
+            known.forget(block_hash)
 
     def depth(self, holder: str, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks of `hashes` the holder is believed to have."""
-        blocks = self._known.get(holder)
-        if not blocks:
+        known = self._holders.get(holder)
+        if known is None:
             return 0
         low, high = 0, len(hashes)
         while low < high:
             middle = (low + high + 1) // 2
-            if hashes[middle - 1] in blocks:
+            if hashes[middle - 1] in known.parents:
                 low = middle
             else:
                 high = middle - 1
@@ -191,4 +192,52 @@ class PrefixIndex:
 
     def num_blocks(self, holder: str) -> int:
         """How many blocks the holder is believed to have."""
-        return len(self._known.get(holder, ()))
+        known = self._holders.get(holder)
+        return len(known.parents) if known else 0
+
+
+class _Holder:
+    """The tree of one holder's blocks: `parents` of all, least recently used first, and children.
+
+    Tuples, because nearly all blocks have one child, and there may be a million of them.
+    """
+
+    __slots__ = ("_capacity", "_children", "parents")
+
+    def __init__(self, capacity: int) -> None:
+        self.parents: OrderedDict[BlockHash, BlockHash | None] = OrderedDict()
+        self._children: dict[BlockHash, tuple[BlockHash, ...]] = {}
+        self._capacity = capacity
+
+    def add(self, hashes: Sequence[BlockHash]) -> None:
+        for index in range(len(hashes) - 1, -1, -1):
+            block_hash = hashes[index]
+            if block_hash not in self.parents:
+                self._insert(block_hash, hashes[index - 1] if index else None)
+            self.parents.move_to_end(block_hash)
+        while len(self.parents) > self._capacity:
+            self.forget(next(iter(self.parents)))  # it has no descendants: those are older
+
+    def forget(self, block_hash: BlockHash) -> None:
+        if block_hash not in self.parents:
+            return
+        parent = self.parents[block_hash]
+        if parent is not None:
+            self._remove_child(parent, block_hash)
+        doomed = [block_hash]
+        while doomed:
+            one = doomed.pop()
+            del self.parents[one]
+            doomed.extend(self._children.pop(one, ()))
+
+    def _insert(self, block_hash: BlockHash, parent: BlockHash | None) -> None:
+        self.parents[block_hash] = parent
+        if parent is not None:
+            self._children[parent] = (*self._children.get(parent, ()), block_hash)
+
+    def _remove_child(self, parent: BlockHash, child: BlockHash) -> None:
+        left = tuple(one for one in self._children[parent] if one != child)
+        if left:
+            self._children[parent] = left
+        else:
+            del self._children[parent]

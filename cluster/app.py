@@ -32,6 +32,7 @@ from cluster.openai_requests import COMPLETION_MAX_TOKENS, ChatRequest, Completi
 from cluster.prompts import PromptEncoder
 from cluster.ray_metrics import RayMetrics
 from shared_cache.errors import ConfigError, KvcommonsError, ReplicaUnavailableError
+from shared_cache.hashing import ReuseScope
 
 STOP_MARGIN_S = 15.0
 """What stopping takes beyond draining; Serve kills what takes longer."""
@@ -119,7 +120,7 @@ class Ingress:
             return JSONResponse(openai_api.unknown_model(body.model, self._model), 404)
         sampling = body.sampling(body.max_tokens or COMPLETION_MAX_TOKENS)
         prompts = [await self._tokens(prompt) for prompt in body.prompts]
-        chunks = self._chunks(prompts, sampling)
+        chunks = self._chunks(prompts, sampling, body.scope)
         reply = Reply.new("cmpl", self._model)
         if not body.stream:
             return JSONResponse(reply.completion(await collect(chunks, len(prompts))))
@@ -134,7 +135,7 @@ class Ingress:
         messages = [message.for_template() for message in body.messages]
         prompt = await asyncio.to_thread(self._encoder.chat, messages)
         sampling = body.sampling(body.limit or self._default_max_tokens)
-        chunks = self._chunks([prompt], sampling)
+        chunks = self._chunks([prompt], sampling, body.scope)
         reply = Reply.new("chatcmpl", self._model)
         if not body.stream:
             return JSONResponse(reply.chat(*await collect(chunks, 1)))
@@ -146,8 +147,12 @@ class Ingress:
             return await asyncio.to_thread(self._encoder.text, prompt)
         return tuple(prompt)
 
-    def _chunks(self, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams) -> Chunks:
-        requests = [GenerationRequest(uuid.uuid4().hex, prompt, sampling) for prompt in prompts]
+    def _chunks(
+        self, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, scope: ReuseScope
+    ) -> Chunks:
+        requests = [
+            GenerationRequest(uuid.uuid4().hex, prompt, sampling, scope) for prompt in prompts
+        ]
         return merge([self._dispatcher.generate(request) for request in requests])
 
 

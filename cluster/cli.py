@@ -5,19 +5,19 @@ Errors that a person can mend are one line on stderr and exit status 1, not a st
 
 import argparse
 import asyncio
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 from rich.console import Console
-from rich.table import Column, Table
 
 from actors.replica import ReplicaStats
-from actors.router import ReplicaSnapshot
 from cluster.clients import NamedActor, RayRouterClient
 from cluster.config import ClusterConfig, load_config
 from cluster.ray_session import attach_ray
+from cluster.status import as_data, as_table
 from shared_cache.errors import ConfigError, KvcommonsError, ReplicaUnavailableError
 
 STATS_TIMEOUT_S = 10.0
@@ -32,9 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--config", default="configs/cpu.yaml", help="the cluster's YAML (%(default)s)"
         )
-    given = parser.parse_args(arguments)
+        if name == "status":
+            command.add_argument(
+                "--json", dest="as_json", action="store_true", help="all figures, for programs"
+            )
+    options = vars(parser.parse_args(arguments))
+    run, config = _COMMANDS[options.pop("command")][0], options.pop("config")
     try:
-        return _COMMANDS[given.command][0](load_config(given.config))
+        return run(load_config(config), **options)
     except KvcommonsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -63,23 +68,16 @@ def up(config: ClusterConfig) -> int:
     return 0
 
 
-def status(config: ClusterConfig) -> int:
+def status(config: ClusterConfig, as_json: bool = False) -> int:
     """Print what router and replicas say; exit status 1 when there is no cluster."""
     if not attach_ray():
         raise ReplicaUnavailableError("no Ray runs on this machine; `kvcommons up` starts one")
     snapshot = asyncio.run(RayRouterClient(config.router_name).snapshot())
-    table = Table(
-        Column("replica", no_wrap=True),
-        "state",
-        "pid",
-        "outstanding",
-        "routed",
-        "hit rate",
-        "tokens out",
-    )
-    for one in snapshot.replicas:
-        table.add_row(one.replica_id, *_row(one, _stats(one.replica_id)))
-    Console().print(table)
+    stats = {one.replica_id: _stats(one.replica_id) for one in snapshot.replicas}
+    if as_json:
+        print(json.dumps(as_data(snapshot, stats), indent=2))
+    else:
+        Console().print(as_table(snapshot, stats))
     return 0
 
 
@@ -120,21 +118,7 @@ def _stats(name: str) -> ReplicaStats | None:
     return stats
 
 
-def _row(routed: ReplicaSnapshot, stats: ReplicaStats | None) -> list[str]:
-    if stats is None:
-        return ["away", "-", "-", str(routed.num_routed), "-", "-"]
-    engine = stats.engine
-    return [
-        stats.health.state,
-        str(stats.health.pid),
-        str(stats.num_outstanding),
-        str(routed.num_routed),
-        f"{engine.kv_cache.cache_hit_rate:.0%}" if engine else "-",
-        str(engine.generated_tokens) if engine else "-",
-    ]
-
-
-_COMMANDS = {
+_COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "up": (up, "deploy the OpenAI endpoint in the background"),
     "status": (status, "show the replicas"),
     "down": (down, "remove the endpoint and its replicas"),

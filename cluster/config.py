@@ -84,7 +84,13 @@ class ClusterConfig(Settings):
     def _expand_store(cls, cache: CacheConfig | None) -> CacheConfig | None:
         if cache is None or cache.store is None:
             return cache
-        return cache.model_copy(update={"store": expand_store_url(cache.store)})
+        store = expand_store_url(cache.store)
+        if "memory" in re.split("::|://", store)[:-1]:
+            raise ValueError(
+                f"{store} is memory of each process alone, so the replicas would share nothing; "
+                "set store to file:// and a folder, or to null for no shared tier"
+            )
+        return cache.model_copy(update={"store": store})
 
     @model_validator(mode="after")
     def _replicas_are_valid(self) -> "ClusterConfig":
@@ -107,16 +113,27 @@ def expand_store_url(url: str) -> str:
     """`url` with `$VAR`, `${VAR}` and `~` replaced, and a local path made absolute.
 
     The only place where paths of stores are expanded. Raises `ValueError` for a variable that is
-    not set.
+    not set, or empty, and for a URL that names no place: it would become the working directory.
     """
-    expanded = os.path.expandvars(url)
-    missing = re.search(r"\$\{?(\w+)", expanded)
-    if missing:
-        raise ValueError(f"the environment variable {missing[1]} in {url!r} is not set")
-    scheme, separator, path = expanded.rpartition("://")
+    expanded = re.sub(r"\$(?:\{([^}]*)\}|(\w+))", lambda found: _variable(found, url), url)
+    scheme, separator, path = expanded.strip().rpartition("://")
+    if not path:
+        raise ValueError(
+            f"{url!r} names no place; give a folder (file:///data/kvcommons) or a bucket "
+            "(s3://bucket/kvcommons), or null for no shared tier"
+        )
     if separator and scheme != "file":
-        return expanded
+        return expanded.strip()
     return "file://" + os.path.abspath(os.path.expanduser(path))
+
+
+def _variable(found: re.Match[str], url: str) -> str:
+    name = found[1] or found[2]
+    value = os.environ.get(name) if name else None
+    if not value:
+        state = "not set" if value is None else "empty"
+        raise ValueError(f"the environment variable {name} in {url!r} is {state}; set it")
+    return value
 
 
 def load_config(path: str | Path) -> ClusterConfig:

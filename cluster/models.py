@@ -27,7 +27,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def default_cache_dir() -> Path:
-    """The folder for prepared models and digests; `KVCOMMONS_CACHE_DIR` moves it (read nowhere else)."""
+    """The folder for prepared models and digests of others.
+
+    `KVCOMMONS_CACHE_DIR`, which is read nowhere else, moves it.
+    """
     moved = os.environ.get("KVCOMMONS_CACHE_DIR")
     return Path(moved) if moved else Path(platformdirs.user_cache_dir("kvcommons"))
 

@@ -191,11 +191,17 @@ def invalid(errors: Sequence[Any]) -> dict[str, Any]:
     """The body of a 400 for what pydantic found wrong in a request; names the first parameter."""
     first = errors[0]
     names = [str(part) for part in first["loc"] if part != "body"]
-    is_json = first["type"] != "json_invalid"  # else the location is a place in the text
-    param = names[0] if names and is_json else None
-    is_unknown = first["type"] == "extra_forbidden"
-    text = "this parameter is not supported" if is_unknown else first["msg"]
-    return error_body(f"{'.'.join(names) or 'body'}: {text}", "invalid_request_error", param=param)
+    is_place_in_text = first["type"] == "json_invalid"
+    param = None if is_place_in_text or not names else names[0]
+    text = "this parameter is not supported" if _is_unsupported(first) else first["msg"]
+    message = f"{'.'.join(names) or 'body'}: {text.removeprefix('Value error, ')}"
+    return error_body(message, "invalid_request_error", param=param)
+
+
+def _is_unsupported(error: Any) -> bool:
+    """Whether no value, or none but an empty one, would have been accepted."""
+    is_only_empty = error["type"] == "too_long" and error["ctx"]["max_length"] == 0
+    return is_only_empty or error["type"] in ("extra_forbidden", "none_required")
 
 
 def failure(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -21,7 +21,9 @@ class Clock:
 
 
 def make_router(shares=True, clock=None, **settings) -> Router:
-    config = RouterConfig(reservation_timeout_s=10, outstanding_cost=0, **settings)
+    config = RouterConfig(
+        reservation_timeout_s=10, stream_timeout_s=100, outstanding_cost=0, **settings
+    )
     return Router(config, BLOCK, shares, random.Random(0), clock or Clock())
 
 
@@ -127,6 +129,68 @@ def test_reservations_that_nobody_reports_on_expire():
     assert not router.finished(lost.reservation_id)
 
 
+def test_a_long_stream_stays_load_until_its_own_longer_limit():
+    clock = Clock()
+    router = make_router(clock=clock)
+    router.register("a", "1", CACHE_BLOCKS)
+    stream = route(router, range(80))
+    router.first_token(stream.reservation_id, receipt(80))
+    clock.now_s = 95
+    late = route(router, range(100, 180))
+    assert replica(router, "a").num_outstanding == 2
+    clock.now_s = 101
+    assert replica(router, "a").num_outstanding == 1, "its caller died long ago"
+    assert not router.finished(stream.reservation_id)
+    assert router.finished(late.reservation_id)
+
+
+def served(router: Router, tokens: range, own: int = 0, shared: int = 0):
+    """A request that found so many tokens in the replica and in the shared tier, and ended."""
+    done = route(router, tokens)
+    computed = len(tokens) - own - shared
+    router.first_token(done.reservation_id, Receipt(len(tokens), own, 0, shared, computed))
+    router.finished(done.reservation_id, hashes_of(*tokens))
+    return done
+
+
+def test_a_receipt_that_disproves_a_replicas_blocks_ends_the_belief_in_what_follows_them():
+    router = make_router(shares=False)
+    router.register("a", "1", CACHE_BLOCKS)
+    served(router, range(80))
+    assert served(router, range(40), own=16).known_tokens == 40, "it had lost the rest"
+    assert route(router, range(80)).known_tokens == 40, "these were computed again, no more"
+
+
+def test_a_true_prediction_leaves_the_knowledge_alone():
+    router = make_router(shares=True)
+    router.register("a", "1", CACHE_BLOCKS)
+    served(router, range(80))
+    served(router, range(40), own=40)
+    again = route(router, range(80))
+    assert (again.known_tokens, again.shared_tokens) == (80, 80)
+
+
+def test_blocks_that_came_from_the_shared_tier_disprove_the_replica_not_that_tier():
+    router = make_router(shares=True)
+    router.register("a", "1", CACHE_BLOCKS)
+    served(router, range(80))
+    served(router, range(40), own=8, shared=32)
+    again = route(router, range(80))
+    assert (again.known_tokens, again.shared_tokens) == (40, 80)
+
+
+def test_a_shared_tier_that_lacks_blocks_is_believed_again_after_the_next_report():
+    router = make_router(shares=True)
+    router.register("a", "1", CACHE_BLOCKS)
+    served(router, range(80))
+    router.mark_dead("a", "1")
+    router.register("b", "1", CACHE_BLOCKS)
+    assert served(router, range(60), shared=20).shared_tokens == 60
+    assert route(router, range(80)).shared_tokens == 20
+    served(router, range(60), own=60)
+    assert route(router, range(80)).shared_tokens == 60
+
+
 def test_snapshot_tells_how_good_predictions_were():
     router = make_router()
     router.register("a", "1", CACHE_BLOCKS)
@@ -199,14 +263,14 @@ class RouterBooks(RuleBasedStateMachine):
         was_booked = reservation in self.booked
         assert self.router.first_token(reservation, receipt(30)) == was_booked
         if was_booked:
-            self.booked[reservation][1:] = [0, self.clock.now_s + 10]
+            self.booked[reservation][1:] = [0, self.clock.now_s + 100]
 
     @rule(reservation=reservations)
     def finished(self, reservation):
         was_booked = self.booked.pop(reservation, None) is not None
         assert self.router.finished(reservation, hashes_of(*range(8))) == was_booked
 
-    @rule(seconds=st.floats(0, 6))
+    @rule(seconds=st.floats(0, 6) | st.floats(50, 60))
     def time_passes(self, seconds):
         self.clock.now_s += seconds
         self.router.snapshot()

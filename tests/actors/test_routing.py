@@ -100,22 +100,60 @@ def test_index_forgets_the_least_recently_used_tail_first():
     assert index.depth("a", chain(7)) == 1
 
 
-@given(
-    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=30), st.integers(1, 12)
-)
-def test_halving_finds_what_a_scan_finds(sequences, capacity):
-    index, model = PrefixIndex(), {}
+def test_index_forgets_a_block_with_all_that_follow_it_and_nothing_else():
+    index = PrefixIndex()
+    index.add_holder("a", 100)
+    for one in (chain(1, 2, 3), chain(1, 2, 4), chain(1, 5), chain(6)):
+        index.add("a", one)
+    index.forget("a", chain(1, 2)[-1])
+    index.forget("a", chain(1, 9)[-1])
+    index.forget("nobody", chain(1)[0])
+    assert index.num_blocks("a") == 3
+    index.add("a", chain(1, 2))
+    assert [index.depth("a", chain(*one)) for one in ((1, 2, 3), (1, 2, 4), (1, 5), (6,))] == [
+        2,
+        2,
+        2,
+        1,
+    ]
+
+
+class ModelIndex:
+    """The simplest index: a dict, least recently used first, whose keys are token prefixes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.blocks: dict[tuple[int, ...], None] = {}
+        self.capacity = capacity
+
+    def add(self, tokens: tuple[int, ...]) -> None:
+        for end in range(len(tokens), 0, -1):
+            self.blocks.pop(tokens[:end], None)
+            self.blocks[tokens[:end]] = None
+        while len(self.blocks) > self.capacity:
+            del self.blocks[next(iter(self.blocks))]
+
+    def forget(self, tokens: tuple[int, ...]) -> None:
+        self.blocks = {k: None for k in self.blocks if k[: len(tokens)] != tokens}
+
+    def depth(self, tokens: tuple[int, ...]) -> int:
+        ends = range(1, len(tokens) + 1)
+        return next((end - 1 for end in ends if tokens[:end] not in self.blocks), len(tokens))
+
+
+SEQUENCE = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
+
+
+@given(st.lists(st.tuples(st.booleans(), SEQUENCE), max_size=30), st.integers(1, 12))
+def test_halving_finds_what_a_scan_finds(steps, capacity):
+    index, model = PrefixIndex(), ModelIndex(capacity)
     index.add_holder("a", capacity)
-    for sequence in sequences:
-        hashes = chain(*sequence)
-        index.add("a", hashes)
-        for block_hash in reversed(hashes):
-            model.pop(block_hash, None)
-            model[block_hash] = True
-        while len(model) > capacity:
-            del model[next(iter(model))]
-        assert index.num_blocks("a") == len(model)
-        for probe in sequences:
-            hashes = chain(*probe)
-            scanned = next((i for i, h in enumerate(hashes) if h not in model), len(hashes))
-            assert index.depth("a", hashes) == scanned
+    for forgets, sequence in steps:
+        if forgets:
+            index.forget("a", chain(*sequence)[-1])
+            model.forget(sequence)
+        else:
+            index.add("a", chain(*sequence))
+            model.add(sequence)
+        assert index.num_blocks("a") == len(model.blocks)
+        for _, probe in steps:
+            assert index.depth("a", chain(*probe)) == model.depth(probe)

@@ -1,6 +1,7 @@
 """The whole path on a real Ray: OpenAI's client, Serve, router, two replicas, a file store."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import openai
 import pytest
 import ray
 
+from cluster import cli
 from cluster.app import application, build
 from cluster.clients import RAY_NAMESPACE
 from cluster.config import ClusterConfig
@@ -121,6 +123,43 @@ def test_a_prefix_is_computed_once_for_all_replicas(endpoint):
     reusable = (first.usage.prompt_tokens - 1) // BLOCK * BLOCK
     assert (tiers[1]["shared"], tiers[1]["device"]) == (reusable, 0)
     assert (tiers[2]["shared"], tiers[2]["device"]) == (0, reusable)
+
+
+def test_requests_of_different_salts_share_nothing(endpoint):
+    def cached_tokens(salt: str) -> int:
+        answer = endpoint.complete(DOCUMENT + "Salted?", extra_body={"cache_salt": salt})
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    def chat_cached_tokens(salt: str) -> int:
+        answer = endpoint.client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": DOCUMENT + "Salted?"}],
+            max_completion_tokens=4,
+            extra_body={"cache_salt": salt},
+        )
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    for ask in (cached_tokens, chat_cached_tokens):
+        assert ask("one tenant") == 0
+        endpoint.flush()
+        assert ask("another tenant") == 0
+        endpoint.flush()
+        assert min(ask(salt) for salt in ("one tenant", "another tenant")) > 0
+
+
+def test_status_tells_what_replicas_and_router_say(endpoint, capsys):
+    endpoint.complete(DOCUMENT + "Who jumps?")
+    assert cli.status(endpoint.config) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in endpoint.config.replica_names)
+    assert cli.status(endpoint.config, as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["router"]["policy"] == "round_robin"
+    replicas = data["replicas"]
+    assert [one["state"] for one in replicas.values()] == ["ready", "ready"]
+    assert all(one["kvCacheStats"]["tokensPerBlock"] == BLOCK for one in replicas.values())
+    assert sum(one["kvCacheStats"]["reusedBlocks"] for one in replicas.values()) > 0
+    assert all(one["cache"]["dropped_saves"] == 0 for one in replicas.values())
 
 
 def test_completion_stream_says_the_same(endpoint):

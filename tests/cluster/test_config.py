@@ -53,6 +53,13 @@ def load(tmp_path, text):
             "model: x\ncache: {store: 'file://${KVC_NOT_SET}/x'}",
             ["cache", "KVC_NOT_SET", "not set"],
         ),
+        ("model: x\ncache: {store: ''}", ["cache: ''", "names no place", "null"]),
+        ("model: x\ncache: {store: 'memory://x'}", ["cache: memory://x", "file://", "null"]),
+        ("model: x\ncache: {store: 'simplecache::memory://x'}", ["share nothing"]),
+        (
+            "model: x\nengine: {max_batch_size: 600}",
+            ["engine: max_num_tokens (512) is below max_batch_size (600)", "raise it"],
+        ),
         ("model: x\nname: My Cluster", ["name: "]),
         ("model: x\nmodel: y", ["'model' is given twice", "line 2"]),
         ("model: [x", ["not valid YAML", "line"]),
@@ -109,3 +116,29 @@ def test_a_relative_store_is_made_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = ClusterConfig(model="x", cache={"store": "file://here"})
     assert config.cache.store == f"file://{tmp_path}/here"
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("", "names no place"),
+        ("  ", "names no place"),
+        ("file://", "names no place"),
+        ("s3://", "names no place"),
+        ("$KVC_EMPTY", "KVC_EMPTY .* is empty; set it"),
+        ("file://${KVC_EMPTY}", "KVC_EMPTY .* is empty; set it"),
+        ("file://$KVC_EMPTY/store", "KVC_EMPTY .* is empty; set it"),
+        ("file://$KVC_NOT_SET", "KVC_NOT_SET .* is not set; set it"),
+        ("file://${KVC_NOT_SET-x}", "not set"),
+    ],
+)
+def test_a_store_that_names_no_place_is_not_the_working_directory(monkeypatch, url, text):
+    monkeypatch.setenv("KVC_EMPTY", "")
+    monkeypatch.delenv("KVC_NOT_SET", raising=False)
+    with pytest.raises(ValueError, match=text):
+        expand_store_url(url)
+
+
+def test_a_variable_may_hold_a_dollar_sign(monkeypatch):
+    monkeypatch.setenv("KVC_TEST", "/a$b")
+    assert expand_store_url("file://$KVC_TEST") == "file:///a$b"

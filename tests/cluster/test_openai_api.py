@@ -1,8 +1,12 @@
 """The OpenAI mapping, read back with OpenAI's own types."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 from openai.types import Completion, Model
+from openai.types import completion_create_params as completion_params
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 
 from actors.dispatch import RoutedChunk
@@ -11,6 +15,7 @@ from cluster import openai_api
 from cluster.openai_api import Choice, Reply
 from cluster.openai_requests import ChatRequest, CompletionRequest
 from shared_cache.errors import ReplicaUnavailableError, RequestError
+from shared_cache.hashing import ReuseScope
 
 CHUNKS = [
     TokenChunk((1,), "Hel", receipt=Receipt(100, 32, 16, 8, 44)),
@@ -19,6 +24,7 @@ CHUNKS = [
 ]
 ROUTED = [RoutedChunk(chunk, "replica-1") for chunk in CHUNKS]
 REPLY = Reply.new("cmpl", "m")
+HELLO = [{"role": "user", "content": "hello"}]
 
 
 def choice() -> Choice:
@@ -136,7 +142,21 @@ def test_chat_messages_and_limits():
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
-        ({"logit_bias": {}}, "logit_bias", "not supported"),
+        ({"best_off": None}, "best_off", "not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"logprobs": 0}, "logprobs", "not supported"),
+        ({"best_of": 2}, "best_of", "should be 1"),
+        ({"echo": True}, "echo", "False"),
+        ({"suffix": "x"}, "suffix", ""),
+        ({"store": True}, "store", "False"),
+        ({"service_tier": "flex"}, "service_tier", "'auto'"),
+        ({"stop": ["x"] * 17}, "stop", "stop: List should have at most 16 items"),
+        ({"stop": "x" * 257}, "stop", "at most 256 characters"),
+        ({"stop": 3}, "stop", "list"),
+        ({"prompt": ["x"] * 65}, "prompt", "prompt: at most 64 prompts in one request, not 65"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+        ({"cache_salt": "x" * 257}, "cache_salt", "at most 256 characters"),
+        ({"cache_salt": "\ud800"}, "cache_salt", "string"),
         ({"n": 2}, "n", "should be 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -153,6 +173,111 @@ def test_what_is_not_honoured_is_refused(fields, param, text):
     assert error["param"] == param
     assert text in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "text"),
+    [
+        ({"logprobs": True}, "logprobs", "False"),
+        ({"top_logprobs": 3}, "top_logprobs", "0"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools: this parameter is not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "'none'"),
+        ({"modalities": ["audio"]}, "modalities", "'text'"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "not supported"),
+        ({"prediction": {"type": "content"}}, "prediction", "not supported"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "content"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "messages",
+            "not supported",
+        ),
+    ],
+)
+def test_what_a_chat_does_not_honour_is_refused(fields, param, text):
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest(**{"model": "m", "messages": HELLO, **fields})
+    error = openai_api.invalid(caught.value.errors())["error"]
+    assert error["param"] == param
+    assert text in error["message"]
+
+
+NEUTRAL = {
+    "n": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "user": "me",
+    "safety_identifier": "me",
+    "prompt_cache_key": "k",
+    "metadata": {"run": "7"},
+    "store": False,
+    "service_tier": "auto",
+}
+NEUTRAL_CHAT = {
+    "logprobs": False,
+    "top_logprobs": 0,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "functions": [],
+    "function_call": "none",
+    "verbosity": "medium",
+}
+NEUTRAL_COMPLETION = {"best_of": 1, "echo": False, "suffix": ""}
+
+
+def nulls(request_type) -> dict[str, None]:
+    fields = request_type.model_fields.items()
+    return {name: None for name, field in fields if not field.is_required()}
+
+
+@pytest.mark.parametrize("fields", [NEUTRAL | NEUTRAL_CHAT, nulls(ChatRequest)])
+def test_a_chat_with_values_that_change_nothing_is_the_plain_one(fields):
+    plain = ChatRequest(model="m", messages=HELLO)
+    full = ChatRequest(model="m", messages=HELLO, **fields)
+    assert full.sampling(5) == plain.sampling(5)
+    assert (full.limit, full.stream, full.scope) == (None, False, ReuseScope())
+
+
+@pytest.mark.parametrize("fields", [NEUTRAL | NEUTRAL_COMPLETION, nulls(CompletionRequest)])
+def test_a_completion_with_values_that_change_nothing_is_the_plain_one(fields):
+    plain = CompletionRequest(model="m", prompt="a")
+    full = CompletionRequest(model="m", prompt="a", **fields)
+    assert full.sampling(5) == plain.sampling(5)
+    assert (full.max_tokens, full.stream, full.scope) == (None, False, ReuseScope())
+
+
+def test_openais_nulls_are_those_of_its_own_types():
+    """A client may send null for every parameter that OpenAI says is nullable."""
+    for request_type, params in (
+        (ChatRequest, chat_params.CompletionCreateParamsNonStreaming),
+        (CompletionRequest, completion_params.CompletionCreateParamsNonStreaming),
+    ):
+        hints = get_type_hints(params)
+        nullable = {name for name, hint in hints.items() if type(None) in get_args(hint)}
+        assert len(nullable) > 5
+        assert nullable <= set(request_type.model_fields)
+
+
+def test_an_answer_may_be_sent_back_with_its_empty_fields():
+    answer = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None}
+    echoed = answer | {"function_call": None, "audio": None, "annotations": []}
+    body = ChatRequest(model="m", messages=[*HELLO, echoed])
+    assert body.messages[1].for_template() == {"role": "assistant", "content": "Hi"}
+
+
+def test_a_salt_is_a_scope_of_its_own():
+    scopes = {CompletionRequest(model="m", prompt="a", cache_salt=s).scope for s in ("a", "b")}
+    assert scopes == {ReuseScope("a"), ReuseScope("b")}
+
+
+def test_limits_of_stops_and_prompts_are_allowed():
+    body = CompletionRequest(model="m", prompt=["x"] * 64, stop=["y" * 256] * 16)
+    assert (len(body.prompts), len(body.sampling(1).stop)) == (64, 16)
+    assert len(CompletionRequest(model="m", prompt=[5] * 1000).prompts[0]) == 1000
 
 
 def test_a_body_that_is_no_json_has_no_parameter_to_blame():

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,10 +16,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 from safetensors.torch import save_file
 
-from cluster import model_wheel, models
+from cluster import model_digest, model_wheel, models
+from cluster.model_digest import content_digest
 from cluster.model_progress import Preparation
 from cluster.model_wheel import SMOLLM2, WheelModel, resolve_wheel
-from cluster.models import content_digest, default_cache_dir, resolve_model
+from cluster.models import default_cache_dir, resolve_model
 from shared_cache.errors import ModelError
 
 GGUF = b"GGUF: not really, but with a digest all the same"
@@ -62,6 +64,14 @@ class FakeSteps:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
+
+
+@pytest.fixture(autouse=True)
+def users_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the cache of the user who runs it."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("KVCOMMONS_CACHE_DIR", str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -173,21 +183,107 @@ def test_local_folder_is_identified_by_its_content(tmp_path: Path) -> None:
     assert one.revision != other.revision
 
 
-@pytest.mark.parametrize("index", [0, 30_000, 59_999])
-def test_digest_sees_one_tensor_retrained(tmp_path: Path, index: int) -> None:
-    tensors = {f"layer{n}": torch.zeros(60_000) for n in range(3)}
-    before = content_digest(save_model(tmp_path / "before", **tensors))
-    tensors["layer1"][index] = 1.0
-    assert content_digest(save_model(tmp_path / "after", **tensors)) != before
+def revision_of(folder: Path) -> str:
+    return resolve_model(str(folder)).revision
 
 
-def test_digest_sees_config_and_weight_names(tmp_path: Path) -> None:
+def set_byte(file: Path, index: int, value: int = 1) -> None:
+    """Change one byte in place, so that name, size and inode stay."""
+    with file.open("r+b") as stream:
+        stream.seek(index)
+        stream.write(bytes([value]))
+
+
+@pytest.mark.parametrize("row", [0, 1, 7, 499, 998, 999])
+def test_one_changed_row_of_an_embedding_is_another_model(tmp_path: Path, row: int) -> None:
+    rows = torch.zeros(1000, 64)
+    before = revision_of(save_model(tmp_path / "before", embedding=rows))
+    rows[row] = 1.0
+    assert revision_of(save_model(tmp_path / "after", embedding=rows)) != before
+
+
+def test_digest_sees_config_index_and_weight_names(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m")
-    before = content_digest(folder)
+    before = revision_of(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "rope_theta": 1}))
-    changed = content_digest(folder)
+    changed = revision_of(folder)
     (folder / "model.safetensors").rename(folder / "model-2.safetensors")
-    assert len({before, changed, content_digest(folder)}) == 3
+    renamed = revision_of(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert len({before, changed, renamed, revision_of(folder)}) == 4
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The weight files that were read whole, in order; even new files count as settled."""
+    files: list[Path] = []
+    read = model_digest._read_digest
+
+    def counted(file: Path, memory: Path) -> str:
+        files.append(file)
+        return read(file, memory)
+
+    monkeypatch.setattr(model_digest, "_read_digest", counted)
+    monkeypatch.setattr(model_digest, "SETTLED_S", -60.0)
+    return files
+
+
+def test_weights_are_read_once_and_again_when_the_file_changes(
+    tmp_path: Path, reads: list[Path]
+) -> None:
+    folder = save_model(tmp_path / "m", w=torch.zeros(5000))
+    weights, times = folder / "model.safetensors", (10**18, 10**18)
+    os.utime(weights, ns=times)
+    first = revision_of(folder)
+    assert revision_of(folder) == first
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert revision_of(link) == first
+    assert len(reads) == 1
+    set_byte(weights, 9000)
+    os.utime(weights, ns=times)
+    assert revision_of(folder) != first, "size, inode and modification time are the old ones"
+    assert len(reads) == 2
+
+
+def test_a_file_that_may_still_be_written_is_not_remembered(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_digest, "SETTLED_S", 3600.0)
+    folder = save_model(tmp_path / "m")
+    assert revision_of(folder) == revision_of(folder)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("content", ["{cut", "[]", '{"identity": []}', '{"sha256": 5}'])
+def test_a_damaged_memory_of_digests_is_not_believed(
+    tmp_path: Path, reads: list[Path], users_cache: Path, content: str
+) -> None:
+    folder = save_model(tmp_path / "m")
+    first = revision_of(folder)
+    (entry,) = (users_cache / "digests").iterdir()
+    entry.write_text(content)
+    assert revision_of(folder) == first
+    assert len(reads) == 2
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_time_only(
+    tmp_path: Path, reads: list[Path], users_cache: Path
+) -> None:
+    (users_cache / "digests").write_text("in the way")
+    folder = save_model(tmp_path / "m")
+    assert revision_of(folder) == revision_of(folder)
+    assert len(reads) == 2
+
+
+def test_weights_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "m")
+    identities = iter([["before"]])
+    monkeypatch.setattr(model_digest, "_identity", lambda file: next(identities, ["after"]))
+    with pytest.raises(ModelError, match="changed while it was read"):
+        content_digest(folder, [folder / "model.safetensors"], tmp_path)
 
 
 def test_pickled_weights_are_read_whole(tmp_path: Path) -> None:
@@ -212,6 +308,13 @@ def test_incomplete_folder_names_what_is_missing(tmp_path: Path, gone: str, name
     (folder / gone).unlink()
     with pytest.raises(ModelError, match=named):
         resolve_model(str(folder))
+
+
+def test_weights_that_were_cut_short_are_refused(tmp_path: Path) -> None:
+    weights = save_model(tmp_path / "m") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    with pytest.raises(ModelError, match="3 bytes are missing"):
+        resolve_model(str(weights.parent))
 
 
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid", b"abc"])
@@ -278,7 +381,8 @@ def test_progress_is_drawn_only_on_a_terminal(tmp_path: Path, terminal: bool) ->
 
 @pytest.mark.model
 @pytest.mark.timeout(900)
-def test_the_real_model_is_had_and_complete() -> None:
+def test_the_real_model_is_had_and_complete(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("KVCOMMONS_CACHE_DIR")
     source = resolve_model("smollm2-135m")
     folder = Path(source.path)
     assert source.revision == SMOLLM2.gguf_sha256
@@ -287,4 +391,4 @@ def test_the_real_model_is_had_and_complete() -> None:
     assert config["dtype"] == "float32"
     assert "quantization_config" not in config
     assert "<|im_start|>" in (folder / "chat_template.jinja").read_text()
-    assert len(content_digest(folder)) == 64
+    assert len(content_digest(folder, [folder / "model.safetensors"], tmp_path)) == 64

@@ -31,7 +31,7 @@ CONFIG = ClusterConfig(
     model="tiny",
     replicas=3,
     engine=EngineConfig(dtype="bfloat16", max_batch_size=5),
-    cache=CacheConfig(store="memory://demo", host_bytes=1000, staging_deadline_s=9.0),
+    cache=CacheConfig(store="file:///demo", host_bytes=1000, staging_deadline_s=9.0),
 )
 
 
