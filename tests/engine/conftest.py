@@ -12,6 +12,7 @@ from actors.config import EngineConfig, KvCacheConfig, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams, TokenChunk
 from actors.engines.torch.attention import PagedPool
 from actors.engines.torch.build import build_torch_engine
+from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.engine import TorchEngine
 from actors.engines.torch.model import allocate_pool, block_layout, load_model
@@ -91,7 +92,8 @@ def make_connected_engine(model_path: ModelPath) -> Iterator[MakeEngine]:
         pool = allocate_pool(layout, config.kv_cache_config.max_tokens // BLOCK, "cpu")
         connector = ConnectorDriver(*pair(pool))
         namespace = Namespace(source.name, source.revision, "torch", layout)
-        engines.append(TorchEngine(model, pool, namespace, config, connector))
+        thread = ComputeThread(config.torch_threads)
+        engines.append(TorchEngine(thread, model, pool, namespace, config, connector))
         return engines[-1]
 
     yield make

@@ -41,7 +41,6 @@ def test_an_engine_is_built_from_its_settings(model_path: ModelPath) -> None:
     [
         ({"kv_cache_config": KvCacheConfig(max_tokens=31)}, "max_tokens .31. is below"),
         ({"kv_cache_config": KvCacheConfig(max_tokens=1 << 45)}, "max_tokens"),
-        ({"max_batch_size": 600}, "max_batch_size"),
         ({"device": "cuda:99"}, "device"),
         ({"device": "nonsense"}, "device"),
         (

@@ -78,11 +78,13 @@ async def test_logits_that_are_not_finite_fail_that_request_alone(
     weight = engine._runner._model.network.model.embed_tokens.weight
     assert 250 not in healthy
     row = weight[250].clone()
-    weight[250] = float("nan")
+    with torch.inference_mode():
+        weight[250] = float("nan")
     results = await asyncio.gather(
         *[tokens(engine, request(p)) for p in (poisoned, healthy)], return_exceptions=True
     )
-    weight[250] = row
+    with torch.inference_mode():
+        weight[250] = row
     assert isinstance(results[0], ModelError)
     assert "not finite" in str(results[0])
     assert results[1] == plain_greedy(healthy, 12)

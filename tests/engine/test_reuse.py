@@ -38,6 +38,14 @@ async def test_the_next_turn_of_a_conversation_reuses_the_answer(make_engine: Ma
     assert receipt.device == (len(prompt) + len(output) - 1) // BLOCK * BLOCK
 
 
+async def test_what_is_on_the_device_is_told(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    hashes = block_hashes(some_prompt(40), BLOCK)
+    assert engine.num_device_blocks(hashes) == 0
+    await tokens(engine, request(some_prompt(32), 1))
+    assert engine.num_device_blocks(hashes) == 4
+
+
 async def test_without_block_reuse_everything_is_computed(make_engine: MakeEngine) -> None:
     engine = make_engine(reuse=False)
     prompt = some_prompt(32)

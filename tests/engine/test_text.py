@@ -1,7 +1,7 @@
 """Text while it comes out: no half characters, no half stop strings, nothing lost."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -26,12 +26,14 @@ def test_a_character_of_several_tokens_comes_out_whole() -> None:
     assert texts == ["a", "", "", "€", "b", ""]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_the_parts_are_the_text(text: str) -> None:
     text = text.encode("utf-8", "ignore").decode()
     assert "".join(feed(TextStream(TOKENIZER, [70, 71]), TOKENIZER.encode(text))) == text
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(3, 258), max_size=30))
 def test_bytes_that_are_no_text_lose_nothing_around_them(tokens: list[int]) -> None:
     hello = TOKENIZER.encode("hello")
@@ -46,6 +48,7 @@ def test_endless_bytes_that_are_no_text_are_not_held_back_for_ever() -> None:
     assert any(stream.feed(broken) for _ in range(20))
 
 
+@settings(deadline=None)
 @given(
     text=st.text("abc", max_size=30),
     stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),

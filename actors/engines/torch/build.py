@@ -2,10 +2,12 @@
 
 import torch
 
-from actors.config import EngineConfig, ReplicaConfig
+from actors.config import EngineConfig, ModelSource, ReplicaConfig
+from actors.engines.torch.attention import PagedPool
+from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.engine import TorchEngine
-from actors.engines.torch.model import allocate_pool, block_layout, load_model
+from actors.engines.torch.model import LoadedModel, allocate_pool, block_layout, load_model
 from shared_cache.config import CacheConfig
 from shared_cache.connector.scheduler import SharedCacheScheduler
 from shared_cache.connector.worker import SharedCacheWorker
@@ -19,30 +21,45 @@ def build_torch_engine(config: ReplicaConfig) -> TorchEngine:
 
     Raises `ConfigError` or `ModelError`; nothing stays open then.
     """
-    engine, kv = config.engine, config.engine.kv_cache_config
     cache_config = _cache_config(config)
-    _check(engine, cache_config)
-    if engine.torch_threads is not None:
-        torch.set_num_threads(engine.torch_threads)
-    model = load_model(config.model, engine.dtype, engine.device, engine.max_seq_len)
-    layout = block_layout(model.config, kv.tokens_per_block, engine.dtype)
-    namespace = Namespace(config.model.name, config.model.revision, "torch", layout)
-    pool = allocate_pool(layout, kv.max_tokens // kv.tokens_per_block, engine.device)
+    _check(config.engine, cache_config)
+    thread = ComputeThread(config.engine.torch_threads)
+    try:
+        return _build(config, cache_config, thread)
+    except BaseException:
+        thread.stop()
+        raise
+
+
+def _build(
+    config: ReplicaConfig, cache_config: CacheConfig | None, thread: ComputeThread
+) -> TorchEngine:
+    engine, source = config.engine, config.model
+    model, pool = thread.call(lambda: _load(source, engine))
+    namespace = Namespace(source.name, source.revision, "torch", pool.layout)
     if cache_config is None:
-        return TorchEngine(model, pool, namespace, engine)
+        return TorchEngine(thread, model, pool, namespace, engine)
     cache = open_cache(cache_config, namespace)
     try:
-        connector = _connector(cache, pool.tensor, kv.tokens_per_block)
-        return TorchEngine(model, pool, namespace, engine, connector, cache)
+        connector = _connector(cache, pool)
+        return TorchEngine(thread, model, pool, namespace, engine, connector)
     except BaseException:
         cache.close()
         raise
 
 
-def _connector(cache: SharedCache, pool: torch.Tensor, tokens_per_block: int) -> ConnectorDriver:
+def _load(source: ModelSource, engine: EngineConfig) -> tuple[LoadedModel, PagedPool]:
+    kv = engine.kv_cache_config
+    model = load_model(source, engine.dtype, engine.device, engine.max_seq_len)
+    layout = block_layout(model.config, kv.tokens_per_block, engine.dtype)
+    return model, allocate_pool(layout, kv.max_tokens // kv.tokens_per_block, engine.device)
+
+
+def _connector(cache: SharedCache, pool: PagedPool) -> ConnectorDriver:
     worker = SharedCacheWorker(cache)
-    worker.register_kv_caches(pool)
-    return ConnectorDriver(SharedCacheScheduler(cache, tokens_per_block), worker)
+    worker.register_kv_caches(pool.tensor)
+    scheduler = SharedCacheScheduler(cache, pool.layout.tokens_per_block)
+    return ConnectorDriver(scheduler, worker, cache)
 
 
 def _cache_config(config: ReplicaConfig) -> CacheConfig | None:

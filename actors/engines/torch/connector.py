@@ -5,6 +5,7 @@ although only a part is computed, later ones carry differences, and a draft that
 must never be called valid. All of that is here and nowhere else.
 """
 
+import logging
 from typing import Any
 
 from actors.engines.torch.scheduler import Scheduled
@@ -15,18 +16,27 @@ from shared_cache.connector.interface import (
     RequestData,
     SchedulerOutput,
 )
+from shared_cache.staging import SharedCache
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_S = 30.0
 
 
 class ConnectorDriver:
     """One connector pair and what it has been told. Used on the engine's thread only.
 
     Connectors do not raise by contract; when one does, it reaches the engine, which fails the
-    requests concerned.
+    requests concerned. `cache` is what the pair works on, closed with it.
     """
 
     def __init__(
-        self, scheduler: KvCacheConnectorScheduler, worker: KvCacheConnectorWorker
+        self,
+        scheduler: KvCacheConnectorScheduler,
+        worker: KvCacheConnectorWorker,
+        cache: SharedCache | None = None,
     ) -> None:
+        self.cache = cache
         self._scheduler = scheduler
         self._worker = worker
         self._held: dict[int, list[int]] = {}
@@ -87,10 +97,14 @@ class ConnectorDriver:
         return [slot for request_id in saved for slot in self._held.pop(request_id)]
 
     def close(self) -> None:
-        """Let the worker finish, where it can; TensorRT-LLM's interface has no such call."""
-        close = getattr(self._worker, "close", None)
+        """Let the worker finish, then write what is queued and close the cache."""
+        close = getattr(self._worker, "close", None)  # TensorRT-LLM's interface has no such call
         if close is not None:
             close()
+        if self.cache is not None:
+            if not self.cache.flush(_FLUSH_S):
+                logger.warning("saves were still queued %g s after the end; dropped", _FLUSH_S)
+            self.cache.close()
 
 
 def _report(item: Scheduled) -> RequestData:

@@ -5,14 +5,12 @@ border to the engine's thread, so nothing in a turn needs a lock.
 """
 
 import logging
-import threading
-from collections.abc import AsyncGenerator
-
-import torch
+from collections.abc import AsyncGenerator, Sequence
 
 from actors.config import EngineConfig
 from actors.engine import EngineStats, GenerationRequest, KvCacheStats, TokenChunk
 from actors.engines.torch.attention import PagedPool
+from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.intake import Inbox, RequestFactory
 from actors.engines.torch.model import LoadedModel
@@ -21,13 +19,12 @@ from actors.engines.torch.scheduler import Limits
 from actors.engines.torch.slots import SlotPool
 from actors.engines.torch.turns import TurnLoop
 from shared_cache.errors import ModelError, ReplicaUnavailableError
+from shared_cache.hashing import BlockHash
 from shared_cache.namespace import Namespace
-from shared_cache.staging import SharedCache
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.001
-_FLUSH_S = 30.0
 _CPU_TURN_DRAFTS = 16
 """On a CPU a pass over 16 tokens costs about as much as one over 4; beyond, every token counts."""
 
@@ -35,34 +32,35 @@ _CPU_TURN_DRAFTS = 16
 class TorchEngine:
     """Implements `actors.engine.Engine` on transformers and one pool.
 
-    Owns `connector` and `cache`, and closes them. Raises what the first, tiny forward pass raises:
-    an engine that cannot run does not start.
+    Takes over `thread`, on which model and pool were made, and `connector`; `close` ends both.
+    Raises `ModelError` when a first, tiny forward pass fails: such an engine does not start.
     """
 
     def __init__(
         self,
+        thread: ComputeThread,
         model: LoadedModel,
         pool: PagedPool,
         namespace: Namespace,
         config: EngineConfig,
         connector: ConnectorDriver | None = None,
-        cache: SharedCache | None = None,
     ) -> None:
         num_slots, tokens_per_block = len(pool.tensor), pool.layout.tokens_per_block
         self.namespace = namespace
-        self.cache = cache
+        self.cache = connector.cache if connector is not None else None
         self.tokenizer = model.tokenizer
         self.max_total_tokens = min(model.max_seq_len, num_slots * tokens_per_block)
-        self._config = config
+        self._tokens_per_block = tokens_per_block
         self._connector = connector
         self._slots = SlotPool(num_slots)
-        self._tokens_per_block = tokens_per_block
         ngram = config.speculative_config
         self._factory = RequestFactory(model, tokens_per_block, self.max_total_tokens, ngram)
         self._runner = Runner(model, pool, connector)
         self._turns = TurnLoop(self._runner, self._slots, _limits(config), connector)
         self._inbox = Inbox()
         self._is_closed = False
+        self._failure: Exception | None = None
+        self._thread = thread
         self._start()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -78,6 +76,10 @@ class TorchEngine:
         finally:
             if not finished:
                 self._inbox.abort(active)
+
+    def num_device_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """See `Engine.num_device_blocks`."""
+        return self._slots.match(hashes)
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -106,52 +108,39 @@ class TorchEngine:
 
     def is_alive(self) -> bool:
         """See `Engine.is_alive`."""
-        return self._failure is None and self._thread.is_alive()
+        return self._failure is None and not self._served.done()
 
     def close(self) -> None:
         """Stop; running requests end with `abort`. Waits for queued saves; again is a no-op."""
         self._inbox.close("this engine is closed")
-        self._thread.join()
+        self._thread.stop()
         if self._is_closed:
             return
         self._is_closed = True
         if self._connector is not None:
             self._connector.close()
-        if self.cache is not None:
-            if not self.cache.flush(_FLUSH_S):
-                logger.warning("saves were still queued %g s after the end; dropped", _FLUSH_S)
-            self.cache.close()
         self._runner.free_pool()
 
     def _start(self) -> None:
-        self._ready = threading.Event()
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="kvcommons-engine", daemon=True)
-        self._thread.start()
-        self._ready.wait()
-        if self._failure is not None:
-            raise ModelError(f"the model does not run: {self._failure}") from self._failure
+        try:
+            self._thread.call(self._runner.warm_up)
+        except Exception as error:
+            raise ModelError(f"the model does not run: {error}") from error
+        self._served = self._thread.post(self._run)
 
     def _run(self) -> None:
-        """The engine's thread: turns until closed. An error outside a pass ends the engine."""
+        """On the engine's thread: turns until closed. An error outside a pass ends the engine."""
         last: TokenChunk | Exception = TokenChunk((), "", finish_reason="abort")
         try:
-            if self._config.torch_threads is not None:
-                torch.set_num_threads(self._config.torch_threads)
-            with torch.inference_mode():
-                self._runner.warm_up()
-                self._ready.set()
-                self._serve()
+            self._serve()
         except Exception as error:
             logger.exception("the engine stopped")
             self._failure = error
             last = ReplicaUnavailableError(f"the engine stopped: {error}")
-        finally:
-            self._inbox.close(str(last) if isinstance(last, Exception) else "this engine is closed")
-            for active in self._inbox.take(timeout_s=0).arrivals:
-                self._turns.add(active)
-            self._turns.end_all(last)
-            self._ready.set()
+            self._inbox.close(str(last))
+        for active in self._inbox.take(timeout_s=0).arrivals:
+            self._turns.add(active)
+        self._turns.end_all(last)
 
     def _serve(self) -> None:
         ran = True

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from actors.engine import FinishReason, GenerationRequest, Receipt, TokenChunk
-from actors.engines.torch.sampling import sample, seed_of
+from actors.engines.torch.sampling import GREEDY_TEMPERATURE, sample, seed_of
 from actors.engines.torch.sequence import Sequence
 from actors.engines.torch.text import TextStream
 
@@ -53,7 +53,7 @@ class ActiveRequest:
     def sampler(self) -> Callable[[torch.Tensor, int], int] | None:
         """How tokens are drawn; None for greedy."""
         params = self.request.sampling
-        if params.temperature == 0:
+        if params.temperature < GREEDY_TEMPERATURE:
             return None
         seed = seed_of(self.request.request_id) if params.seed is None else params.seed
         return lambda logits, position: sample(logits, params, seed, position)

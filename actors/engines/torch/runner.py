@@ -40,10 +40,12 @@ class Runner:
 
     def run(self, turn: Turn, samplers: Mapping[int, Sampler]) -> Choices:
         """Compute `turn`. Requests whose id is not in `samplers` are greedy."""
-        self._clear(turn.fresh_slots)
         stream = torch.cuda.current_stream() if self._is_cuda else None
         if self._connector is not None:
             self._connector.begin_pass(turn.items, stream)
+        # Not before: a fresh slot's last block may still be on its way to the host, and `stream`
+        # waits for that in `begin_pass`.
+        self._clear(turn.fresh_slots)
         items = sorted(turn.items, key=lambda item: _span(item).group_key)
         logits = self._forward(items, stream)
         if self._connector is not None:

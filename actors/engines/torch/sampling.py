@@ -12,6 +12,9 @@ import torch
 from actors.engine import SamplingParams
 from shared_cache.errors import RequestError
 
+GREEDY_TEMPERATURE = 1e-4
+"""Below it the best token is taken: logits divided by less overflow, and draw nothing else."""
+
 _MANTISSA_BITS = 53
 _USUAL_NUCLEUS = 1024
 
@@ -42,7 +45,8 @@ def seed_of(request_id: str) -> int:
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
-    """The token for `position` from one row of float logits `[vocab]`; temperature must be > 0.
+    """The token for `position` from one row of float logits `[vocab]`; not for a
+    temperature below `GREEDY_TEMPERATURE`.
 
     `top_k`, then `top_p` cut the distribution (at least one token stays); the draw inverts the
     cumulative distribution.

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 from actors.engines.torch.sequence import Sequence
 from actors.engines.torch.slots import SlotPool
-from shared_cache.errors import ConfigError
 from shared_cache.hashing import BlockHash
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one turn. `max_draft_len` is for one sequence, `max_turn_drafts` for all of them:
-    a pass verifies drafts nearly for free only while it is bound by reading the weights.
+    """Bounds of one turn; `max_num_tokens` is at least `max_batch_size`.
+
+    `max_draft_len` is for one sequence, `max_turn_drafts` for all of them: a pass verifies drafts
+    nearly for free only while it is bound by reading the weights.
     """
 
     max_batch_size: int
@@ -28,13 +29,6 @@ class Limits:
     block_reuse: bool = True
     max_draft_len: int = 0
     max_turn_drafts: int = 16
-
-    def __post_init__(self) -> None:
-        if self.max_num_tokens < self.max_batch_size:
-            raise ConfigError(
-                f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size "
-                f"({self.max_batch_size}): one turn could not serve every request; raise it"
-            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +57,10 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One engine turn. `fresh_slots` were newly allocated for it: their old content is void."""
+    """One engine turn.
+
+    `fresh_slots` were newly allocated for it and are not loaded: their old content is void.
+    """
 
     items: tuple[Scheduled, ...]
     fresh_slots: tuple[int, ...]
@@ -225,6 +222,7 @@ class Scheduler:
         sequence.num_published_blocks = num_matched
         sequence.num_device_tokens = num_matched * block
         sequence.num_loaded_tokens = self._load(sequence) if self.limits.block_reuse else 0
+        sequence.slots += self.pool.allocate(sequence.num_loaded_tokens // block)
         sequence.num_computed = sequence.num_device_tokens + sequence.num_loaded_tokens
         self._grow(sequence, sequence.num_prompt_tokens)
         self._allocated(sequence)

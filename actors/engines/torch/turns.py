@@ -56,10 +56,11 @@ class TurnLoop:
             self._end(active)
 
     def end_all(self, last: TokenChunk | Exception) -> None:
-        """End every request with `last`."""
+        """End every request with `last`; all are told before anything that could fail."""
+        for active in self._active.values():
+            active.channel.put(last)
         for active in list(self._active.values()):
             self._end(active)
-            active.channel.put(last)
 
     def turn(self) -> bool:
         """Serve one turn; False when nothing could run."""
@@ -73,7 +74,7 @@ class TurnLoop:
                 self._fail([item.sequence for item in turn.items], error)
             else:
                 for item in turn.items:
-                    self._record(item, choices)
+                    self._record_or_fail(item, choices)
         if self._connector is not None:
             self._pool.release(self._connector.end_turn())
         return bool(turn.items)
@@ -117,6 +118,16 @@ class TurnLoop:
         samplers = ((key, active.sampler) for key, active in self._active.items())
         return {key: sampler for key, sampler in samplers if sampler is not None}
 
+    def _record_or_fail(self, item: Scheduled, choices: Choices) -> None:
+        """Record; what one request's text or tokens raise ends that request alone."""
+        try:
+            self._record(item, choices)
+        except Exception as error:
+            if item.sequence.request_id not in self._active:
+                raise
+            logger.exception("recording a turn of request %d failed", item.sequence.request_id)
+            self._fail([item.sequence], error)
+
     def _record(self, item: Scheduled, choices: Choices) -> None:
         """Note what a turn did for one request, and send what came out."""
         active = self._active[item.sequence.request_id]
@@ -150,6 +161,6 @@ class TurnLoop:
         sequence = active.sequence
         del self._active[sequence.request_id]
         slots = self.scheduler.drop(sequence)
-        if self._connector is not None and sequence.num_reported_tokens:
+        if self._connector is not None and slots:
             slots = self._connector.finished(sequence, slots)
         self._pool.release(slots)
