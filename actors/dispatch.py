@@ -8,9 +8,9 @@ stopped: the next replica gets the prompt and the tokens so far, which decide wh
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from pydantic import Field
@@ -19,14 +19,21 @@ from actors.engine import GenerationRequest, Receipt, TokenChunk
 from actors.metrics import Metrics, NullMetrics, Outcome
 from actors.router import Route
 from shared_cache.config import Settings
-from shared_cache.errors import ReplicaUnavailableError, RequestError
+from shared_cache.errors import (
+    ReplicaBusyError,
+    ReplicaRefusedError,
+    ReplicaUnavailableError,
+    RequestError,
+)
 from shared_cache.hashing import BlockHash, BlockHashChain
 
 
 class RouterClient(Protocol):
     """How a dispatcher reaches the router. Reports do not wait and never raise."""
 
-    async def route(self, hashes: Sequence[BlockHash], num_prompt_tokens: int) -> Route | None:
+    async def route(
+        self, hashes: Sequence[BlockHash], num_prompt_tokens: int, avoid: Collection[str] = ()
+    ) -> Route | None:
         """See `Router.route`; raises `ReplicaUnavailableError` while the router is away."""
 
     def first_token(self, reservation_id: int, receipt: Receipt) -> None:
@@ -46,12 +53,17 @@ class ReplicaClient(Protocol):
         """See `EngineReplica.generate`; a death is a `ReplicaUnavailableError`."""
 
 
+MAX_FRUITLESS_DEATHS = 2
+"""A request that so many replicas died of in a row, with no new token, is not sent to another one:
+it may be what kills them."""
+
+
 class DispatchConfig(Settings):
     """How long a request looks for a replica that serves it to the end."""
 
     max_attempts: int = Field(8, ge=1, description="replicas that one request is sent to at most")
     replica_wait_s: float = Field(
-        60.0, ge=0, description="longest wait for a replica while none is up"
+        60.0, ge=0, description="longest wait for a replica while none is up or all are full"
     )
     poll_interval_s: float = Field(0.1, gt=0, description="how often that wait asks the router")
 
@@ -98,6 +110,36 @@ class _Sequence:
     def reusable_hashes(self) -> Sequence[BlockHash]:
         """The blocks that may be reused: the KV of the last token is not there yet."""
         return self._chain.hashes[: (self.num_tokens - 1) // self._chain.tokens_per_block]
+
+
+@dataclass(slots=True)
+class _Search:
+    """One request's search for a replica: how long it may last, and who has refused meanwhile.
+
+    `num_deaths` counts replicas that died in a row without a new token of this request.
+    """
+
+    deadline_s: float
+    busy: set[str] = field(default_factory=set)
+    num_deaths: int = 0
+    num_tokens: int = 0
+
+    def lost(self, error: ReplicaUnavailableError, num_tokens: int, deadline_s: float) -> None:
+        """A replica did not serve to the end; `num_tokens` there are now. The search goes on.
+
+        Raises when this request may be what kills replicas.
+        """
+        if num_tokens > self.num_tokens:
+            self.num_deaths, self.num_tokens = 0, num_tokens
+        elif not isinstance(error, ReplicaRefusedError):
+            self.num_deaths += 1
+        if self.num_deaths >= MAX_FRUITLESS_DEATHS:
+            raise ReplicaUnavailableError(
+                f"{self.num_deaths} replicas ended one after the other before this request's next "
+                "token; it is not tried on another one, as it may be the cause: look into their "
+                f"logs before sending it again. The last one said: {error}"
+            ) from error
+        self.deadline_s = deadline_s
 
 
 class Dispatcher:
@@ -157,18 +199,24 @@ class Dispatcher:
     async def _attempts(self, request: GenerationRequest) -> AsyncGenerator[RoutedChunk, None]:
         sequence = _Sequence(request, self._tokens_per_block)
         started_s = time.perf_counter()
+        search = _Search(self._deadline_s(), num_tokens=sequence.num_tokens)
         lost: ReplicaUnavailableError | None = None
-        for num_failovers in range(self._config.max_attempts):
-            route = await self._route(sequence)
+        num_failovers = 0
+        while num_failovers < self._config.max_attempts:
+            route = await self._route(sequence, search)
             try:
                 async with aclosing(self._attempt(route, sequence, started_s)) as stream:
                     async for chunk in stream:
                         yield RoutedChunk(chunk, route.replica_id, num_failovers)
                 return
+            except ReplicaBusyError:
+                search.busy.add(route.replica_id)
             except ReplicaUnavailableError as error:
                 lost = error
+                num_failovers += 1
                 self._router.mark_dead(route.replica_id, route.boot_id)
                 self._metrics.failover(route.replica_id)
+                search.lost(error, sequence.num_tokens, self._deadline_s())
         raise ReplicaUnavailableError(
             f"{self._config.max_attempts} replicas failed this request one after the other; "
             f"the last one said: {lost}"
@@ -205,22 +253,29 @@ class Dispatcher:
                 self._metrics.first_token(route.replica_id, ttft_s, chunk.receipt)
         self._metrics.tokens(route.replica_id, len(chunk.token_ids), chunk.num_accepted)
 
-    async def _route(self, sequence: _Sequence) -> Route:
-        """A route, once there is one; waits at most `replica_wait_s`."""
-        deadline_s = time.monotonic() + self._config.replica_wait_s
+    def _deadline_s(self) -> float:
+        return time.monotonic() + self._config.replica_wait_s
+
+    async def _route(self, sequence: _Sequence, search: _Search) -> Route:
+        """A route, once there is one to a replica that has not just refused; waits until then.
+
+        Those that were full are asked again after every wait.
+        """
         while True:
-            route = await self._route_once(sequence)
+            route = await self._route_once(sequence, search.busy)
             if route is not None:
                 return route
-            if time.monotonic() >= deadline_s:
+            if time.monotonic() >= search.deadline_s:
+                why = "all replicas stayed full" if search.busy else "no replica came up"
                 raise ReplicaUnavailableError(
-                    f"no replica came up within {self._config.replica_wait_s:g} s; send the "
-                    "request again later"
+                    f"{why} within {self._config.replica_wait_s:g} s; send the request again later"
                 )
             await asyncio.sleep(self._config.poll_interval_s)
+            search.busy.clear()
 
-    async def _route_once(self, sequence: _Sequence) -> Route | None:
+    async def _route_once(self, sequence: _Sequence, avoid: Collection[str]) -> Route | None:
         try:
-            return await self._router.route(sequence.reusable_hashes(), sequence.num_tokens)
+            hashes = sequence.reusable_hashes()
+            return await self._router.route(hashes, sequence.num_tokens, frozenset(avoid))
         except ReplicaUnavailableError:
             return None  # the router itself is restarting

@@ -4,11 +4,11 @@ A replica owns one engine and knows it only through these types, so the embedded
 TensorRT-LLM can stand in for each other.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from shared_cache.hashing import ReuseScope
+from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.namespace import Namespace
 from shared_cache.staging import SharedCache
 
@@ -165,6 +165,13 @@ class Engine(Protocol):
         Raises `RequestError` before the first chunk when the request can never be served.
         The receipt here tells `device`, `host` (everything loaded by the connector) and
         `computed`; the replica, which staged the prefix, splits `host` into host and shared.
+        """
+
+    def num_device_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks are on the device now, so that nobody need stage them.
+
+        A hint, cheap, from any thread: they may be gone before the request starts, and are then
+        computed again. 0 when the engine cannot tell.
         """
 
     def stats(self) -> EngineStats:

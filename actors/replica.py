@@ -6,7 +6,9 @@ while its engine does not (health looks at the step loop, not at the process). R
 """
 
 import asyncio
+import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -15,17 +17,25 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from actors.admission import StagingQueue
 from actors.config import ReplicaConfig
-from actors.engine import Engine, EngineStats, GenerationRequest, Receipt, TokenChunk
+from actors.engine import Engine, EngineStats, GenerationRequest, TokenChunk
 from actors.streams import batches
-from shared_cache.errors import KvcommonsError, ReplicaUnavailableError
-from shared_cache.hashing import block_hashes
-from shared_cache.staging import CacheStats, SharedCache, StagedPrefix
+from shared_cache.errors import (
+    KvcommonsError,
+    ReplicaBusyError,
+    ReplicaRefusedError,
+    ReplicaUnavailableError,
+)
+from shared_cache.staging import CacheStats
+
+logger = logging.getLogger(__name__)
 
 ReplicaState = Literal["starting", "ready", "draining", "closed", "failed", "stalled"]
 """`failed`: the engine could not be built or its loop ended; `stalled`: its loop does not move."""
 
-STAGING_THREADS = 16
+FLUSH_RESERVE_S = 5.0
+"""Of the time for draining, what is kept for writing saves, at most a quarter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,8 @@ class EngineReplica:
     """One replica. The engine is built in the background; requests are refused until it is there.
 
     `build` makes the engine (default: what the configuration names). `stall_timeout_s` is the
-    longest that one turn may take before the replica calls itself stalled.
+    longest that one turn may take before the replica calls itself stalled. Streams belong to one
+    event loop; all other calls may come from another one, so that no stream can hold them up.
     """
 
     def __init__(
@@ -92,10 +103,13 @@ class EngineReplica:
         self._stall_timeout_s = stall_timeout_s
         self._progress = ProgressWatch()
         self._state: Literal["open", "draining", "closed"] = "open"
+        self._max_outstanding = config.engine.max_outstanding
         self._num_outstanding = 0
-        self._idle = asyncio.Event()
+        self._idle = threading.Event()
         self._idle.set()
-        self._threads = ThreadPoolExecutor(STAGING_THREADS, f"{config.name}-stage")
+        self._staging = StagingQueue(config.name, config.engine.max_batch_size)
+        self._threads = ThreadPoolExecutor(1, f"{config.name}-build")
+        config = _within_machine(config)
         self._engine: Future[Engine] = self._threads.submit(build or _build_engine, config)
 
     async def ready(self) -> ReplicaHealth:
@@ -132,17 +146,18 @@ class EngineReplica:
         """Stage the prefix, then stream the continuation; closing this aborts the request.
 
         Raises `RequestError` when the engine can never serve it, `ReplicaUnavailableError` when
-        this replica cannot now; then the request may go on elsewhere.
+        this replica cannot now, then the request may go on elsewhere: `ReplicaBusyError` when it
+        only has no room, `ReplicaRefusedError` when it takes no requests.
         """
-        engine = self._admit()
         self._num_outstanding += 1
-        self._idle.clear()
+        self._idle.clear()  # before looking at the state: `drain` sees this request, or it is seen
         try:
-            async with aclosing(self._staged_stream(engine, request)) as stream:
+            engine = self._admit()
+            async with aclosing(self._staging.stream(engine, request)) as stream:
                 async for chunk in stream:
                     yield chunk
         except Exception as error:
-            if isinstance(error, KvcommonsError) or engine.is_alive():
+            if isinstance(error, KvcommonsError) or engine.is_alive():  # ours, or a bug
                 raise
             raise ReplicaUnavailableError(f"{self._name}: its engine ended: {error!r}") from error
         finally:
@@ -161,16 +176,16 @@ class EngineReplica:
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, wait for the running ones, write what is queued for the store.
 
-        False when time ran out with requests still running or blocks still unwritten.
+        False when time ran out with requests still running or blocks still unwritten; requests
+        that do not end leave some time for the blocks.
         """
         if self._state == "open":
             self._state = "draining"
         deadline_s = time.monotonic() + timeout_s
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return False
-        return await self.flush(max(0.0, deadline_s - time.monotonic()))
+        wait_s = timeout_s - min(FLUSH_RESERVE_S, timeout_s / 4)
+        is_idle = await asyncio.to_thread(self._idle.wait, wait_s)
+        is_written = await self.flush(max(0.0, deadline_s - time.monotonic()))
+        return is_idle and is_written
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until all saved blocks are in the shared tier; False when time ran out."""
@@ -189,6 +204,7 @@ class EngineReplica:
         if engine is not None:
             await asyncio.to_thread(engine.close)
         self._threads.shutdown(wait=False)
+        self._staging.close()
 
     def _built(self) -> Engine | None:
         done = self._engine.done() and not self._engine.cancelled()
@@ -214,53 +230,13 @@ class EngineReplica:
         engine = self._built()
         if engine is None or self._state != "open" or not engine.is_alive():
             state, reason = self._check()
-            raise ReplicaUnavailableError(f"{self._name} is {state} {reason}".rstrip())
+            raise ReplicaRefusedError(f"{self._name} is {state} {reason}".rstrip())
+        if self._num_outstanding > self._max_outstanding:  # this one counts
+            raise ReplicaBusyError(
+                f"{self._name} has {self._max_outstanding} requests, as many as it takes; send "
+                "the request again later, or raise engine.max_waiting_requests"
+            )
         return engine
-
-    async def _staged_stream(
-        self, engine: Engine, request: GenerationRequest
-    ) -> AsyncGenerator[TokenChunk, None]:
-        staged = await self._stage(engine, request)
-        try:
-            async with aclosing(engine.generate(request)) as stream:
-                async for chunk in stream:
-                    if chunk.receipt is not None:
-                        chunk = self._with_tiers(engine, chunk, chunk.receipt, staged)
-                        self._release(engine, staged)  # loads are done by now
-                    yield chunk
-        finally:
-            self._release(engine, staged)
-
-    async def _stage(self, engine: Engine, request: GenerationRequest) -> StagedPrefix | None:
-        """Lease the blocks that may be loaded: whole ones, leaving a token to compute."""
-        tokens, block = request.prompt_token_ids, engine.namespace.layout.tokens_per_block
-        num_blocks = (len(tokens) - 1) // block
-        cache = engine.cache
-        if cache is None or num_blocks < 1 or len(tokens) > engine.max_total_tokens:
-            return None
-        hashes = block_hashes(tokens[: num_blocks * block], block, request.scope)
-        staging = self._threads.submit(cache.stage, hashes)
-        try:
-            return await asyncio.wrap_future(staging)
-        except asyncio.CancelledError:
-            staging.add_done_callback(lambda late: _release_late(cache, late))
-            raise
-
-    def _release(self, engine: Engine, staged: StagedPrefix | None) -> None:
-        """A second release is a no-op, so the end of a stream may release again."""
-        if staged is not None and engine.cache is not None:
-            engine.cache.release(staged)
-
-    def _with_tiers(
-        self, engine: Engine, chunk: TokenChunk, receipt: Receipt, staged: StagedPrefix | None
-    ) -> TokenChunk:
-        """The chunk with the engine's `host` split into what was in host memory and what came."""
-        if staged is None:
-            return chunk
-        block = engine.namespace.layout.tokens_per_block
-        first, count = receipt.device // block, receipt.host // block
-        shared = block * len(staged.fetched.intersection(range(first, first + count)))
-        return replace(chunk, receipt=replace(receipt, host=receipt.host - shared, shared=shared))
 
 
 def _build_engine(config: ReplicaConfig) -> Engine:
@@ -269,7 +245,20 @@ def _build_engine(config: ReplicaConfig) -> Engine:
     return build_engine(config)
 
 
-def _release_late(cache: SharedCache, staging: "Future[StagedPrefix]") -> None:
-    """Give back a lease that arrived after its request had gone."""
-    if not staging.cancelled() and staging.exception() is None:
-        cache.release(staging.result())
+def _within_machine(config: ReplicaConfig) -> ReplicaConfig:
+    """The configuration with no more engine threads than this machine has CPUs for this process.
+
+    Whoever starts replicas on several machines knows only all CPUs together.
+    """
+    threads, num_cpus = config.engine.torch_threads, _num_cpus()
+    if threads is None or threads <= num_cpus:
+        return config
+    logger.info("%s: %d threads instead of %d, one per CPU", config.name, num_cpus, threads)
+    engine = config.engine.model_copy(update={"torch_threads": num_cpus})
+    return config.model_copy(update={"engine": engine})
+
+
+def _num_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -4,7 +4,7 @@ A handle stays bound to the actor it was made for, so it is looked up again by n
 failure; and Ray's errors become ours, so that a caller needs to know only `shared_cache.errors`.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Any, NoReturn
 
 import ray
@@ -60,10 +60,13 @@ class RayRouterClient:
     def __init__(self, name: str) -> None:
         self._actor = NamedActor(name)
 
-    async def route(self, hashes: Sequence[BlockHash], num_prompt_tokens: int) -> Route | None:
+    async def route(
+        self, hashes: Sequence[BlockHash], num_prompt_tokens: int, avoid: Collection[str] = ()
+    ) -> Route | None:
         """See `RouterClient.route`."""
         try:
-            route: Route | None = await self._actor.handle().route.remote(hashes, num_prompt_tokens)
+            call = self._actor.handle().route.remote(hashes, num_prompt_tokens, avoid)
+            route: Route | None = await call
         except RayError as error:
             self._actor.failed(error)
         return route

@@ -27,11 +27,28 @@ from shared_cache.errors import ConfigError, KvcommonsError
 
 logger = logging.getLogger(__name__)
 
-CALLS_AT_ONCE = 1000
-"""Calls that one replica's event loop takes at a time; the engine decides what runs."""
+CONTROL_CALLS = 8
+"""Control calls that one replica takes at a time, however many streams it has."""
+
+SPARE_STREAMS = 64
+"""Streams beyond those that a replica takes, so that it can say so to the others."""
 
 SNAPSHOT_TIMEOUT_S = 10.0
 FREE_CPUS_TIMEOUT_S = 15.0
+
+
+class ReplicaActor(EngineReplica):
+    """`EngineReplica` as an actor. Ray runs its control calls apart from the streams.
+
+    In one group, as many streams as the group takes would keep `health` from answering, and the
+    watcher would restart a replica for being busy.
+    """
+
+    ready = ray.method(concurrency_group="control")(EngineReplica.ready)
+    health = ray.method(concurrency_group="control")(EngineReplica.health)
+    stats = ray.method(concurrency_group="control")(EngineReplica.stats)
+    drain = ray.method(concurrency_group="control")(EngineReplica.drain)
+    flush = ray.method(concurrency_group="control")(EngineReplica.flush)
 
 
 class Cluster:
@@ -130,7 +147,7 @@ class Cluster:
         self.stop()
 
     def _launch(self, build: Callable[[ReplicaConfig], Engine] | None) -> None:
-        cpus = _cpus_that_suffice(self.config)
+        cpus = _cpus_that_suffice(self.config)  # of all machines; a replica heeds its own's too
         threads = self.config.engine.torch_threads or max(1, int(cpus) // self.config.replicas)
         try:
             self._router = self._start_router()
@@ -159,13 +176,13 @@ class Cluster:
         self, name: str, threads: int, build: Callable[[ReplicaConfig], Engine] | None
     ) -> Any:
         config = self.config
-        actor = ray.remote(EngineReplica).options(
+        actor = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(ReplicaActor).options(
             name=name,
             namespace=RAY_NAMESPACE,
             num_cpus=config.num_cpus_per_replica,
             num_gpus=config.num_gpus_per_replica,
             max_restarts=-1,
-            max_concurrency=CALLS_AT_ONCE,
+            max_concurrency=config.engine.max_outstanding + SPARE_STREAMS,
             # Ray sets OMP_NUM_THREADS to num_cpus, which is for scheduling, not for speed.
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )

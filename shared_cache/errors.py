@@ -8,6 +8,8 @@ a recompute. They reach a person at start-up, from a command, or as the answer t
     ├── ModelError               a model cannot be found, verified or run
     ├── RequestError             this request cannot be served as it is (an HTTP 400)
     ├── ReplicaUnavailableError  no replica can serve now (an HTTP 503)
+    │   ├── ReplicaRefusedError      a replica does not take requests now, and did not take this one
+    │   └── ReplicaBusyError         a replica has as many as it takes; it lives, try another one
     ├── StoreError               a store could not do what was asked
     │   ├── StoreUnavailableError    unreachable, timed out
     │   ├── StoreReadOnlyError       may be read, cannot be written
@@ -36,6 +38,14 @@ class RequestError(KvcommonsError):
 
 class ReplicaUnavailableError(KvcommonsError):
     """No replica can serve this request now; it may be sent again later."""
+
+
+class ReplicaRefusedError(ReplicaUnavailableError):
+    """A replica that takes no requests now did not take this one, so it cannot have died of it."""
+
+
+class ReplicaBusyError(ReplicaUnavailableError):
+    """A replica has as many requests as it takes; it is well, and takes more when some end."""
 
 
 class StoreError(KvcommonsError):

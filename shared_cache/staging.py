@@ -34,19 +34,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StagedPrefix:
-    """The leading blocks of a request that are verified in host memory and leased.
+    """Consecutive blocks of a request, from block `first` on, verified in host memory and leased.
 
-    `fetched` holds the indices of the blocks that this request waited for from the shared tier;
-    the others were in host memory already.
+    `fetched` holds the indices, counted from block 0, of the blocks that this request waited for
+    from the shared tier; the others were in host memory already.
     """
 
     lease: HostLease
     fetched: frozenset[int]
+    first: int = 0
 
     @property
     def num_blocks(self) -> int:
-        """How many leading blocks are staged."""
+        """How many blocks are staged."""
         return len(self.lease.slots)
+
+    @property
+    def end(self) -> int:
+        """The index behind the last staged block."""
+        return self.first + self.num_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ class SharedCache:
     ) -> None:
         self.host = host
         self._store = store
-        self._default_deadline_s = config.staging_deadline_s
+        self.deadline_s = config.staging_deadline_s
         self._lock = threading.Lock()
         self._staged_blocks = 0
         self._deadline_misses = 0
@@ -102,24 +108,45 @@ class SharedCache:
             )
             self._fetcher = Fetcher(host, store, reads, config.io_threads)
             if not store.read_only:
-                self._saves = SaveQueue(host, store, writes, config.save_queue_bytes)
+                self._saves = SaveQueue(
+                    host, store, writes, config.save_queue_bytes, config.io_threads
+                )
         atexit.register(self.close)
 
     def stage(self, hashes: Sequence[BlockHash], deadline_s: float | None = None) -> StagedPrefix:
-        """Bring the leading blocks of `hashes` into host memory and lease them.
+        """Bring the leading blocks of `hashes` into host memory and lease them: `lease`, `grow`."""
+        return self.grow(self.lease(hashes), hashes, deadline_s)
+
+    def lease(self, hashes: Sequence[BlockHash], first: int = 0) -> StagedPrefix:
+        """Lease what host memory holds of `hashes` from block `first` on; a look-up, never waits.
+
+        The blocks before `first` need not be here: the engine has them. Release with `release`.
+        """
+        lease = self.host.lease(hashes[first:])
+        with self._lock:
+            self._staged_blocks += len(lease.slots)
+        return StagedPrefix(lease, frozenset(), first)
+
+    def can_fetch(self, hashes: Sequence[BlockHash], start: int) -> bool:
+        """Whether blocks from `start` on could come from the shared tier; without asking it."""
+        return self._fetcher is not None and start < len(hashes)
+
+    def grow(
+        self, staged: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float | None = None
+    ) -> StagedPrefix:
+        """Fetch what `staged` lacks of `hashes` from the shared tier; takes over `staged`.
 
         Blocks the caller for at most `deadline_s` (default: the configured one); what has not
         arrived by then keeps coming in the background for a later request. Concurrent calls fetch
-        a block once. Never raises for a fault of the store. Release with `release`.
+        a block once. Never raises for a fault of the store. Release the result with `release`.
         """
-        lease = self.host.lease(hashes)
-        fetched: frozenset[int] = frozenset()
-        if self._fetcher is not None and len(lease.slots) < len(hashes):
-            wait_s = self._default_deadline_s if deadline_s is None else deadline_s
-            lease, fetched = self._fetch(self._fetcher, lease, hashes, time.monotonic() + wait_s)
+        if self._fetcher is None or staged.end == len(hashes):
+            return staged
+        wait_s = self.deadline_s if deadline_s is None else deadline_s
+        grown = self._fetch(self._fetcher, staged, hashes, time.monotonic() + wait_s)
         with self._lock:
-            self._staged_blocks += len(lease.slots)
-        return StagedPrefix(lease, fetched)
+            self._staged_blocks += max(0, grown.num_blocks - staged.num_blocks)
+        return grown
 
     def release(self, staged: StagedPrefix) -> None:
         """End the lease of `stage`; a second release is a no-op."""
@@ -185,23 +212,23 @@ class SharedCache:
             store.close()
 
     def _fetch(
-        self, fetcher: Fetcher, held: HostLease, hashes: Sequence[BlockHash], deadline_s: float
-    ) -> tuple[HostLease, frozenset[int]]:
+        self, fetcher: Fetcher, held: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float
+    ) -> StagedPrefix:
         """Fetch what `held` lacks; one lease over all that is there in the end, and what came.
 
         The new lease is taken before the old ones end, so nothing is evicted in between.
         """
-        start = len(held.slots)
-        tickets = fetcher.join(hashes, start)
+        tickets = fetcher.join(hashes, held.end)
         is_decided = fetcher.wait(tickets, deadline_s)
-        lease = self.host.lease(hashes)
+        lease = self.host.lease(hashes[held.first :])
         delivered = fetcher.leave(tickets)
-        self.host.release(held)
+        self.host.release(held.lease)
         if not is_decided:
             with self._lock:
                 self._deadline_misses += 1
-        waited_for = range(start, len(lease.slots))
-        return lease, frozenset(i for i in waited_for if hashes[i] in delivered)
+        waited_for = range(held.end, held.first + len(lease.slots))
+        fetched = frozenset(i for i in waited_for if hashes[i] in delivered)
+        return StagedPrefix(lease, fetched, held.first)
 
 
 def open_cache(config: CacheConfig, namespace: Namespace) -> SharedCache:

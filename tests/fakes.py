@@ -6,6 +6,7 @@ bytes span tokens and text has to be held back, as with a real tokeniser.
 
 import asyncio
 import codecs
+import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 class FakeEngine:
     """Says `FAKE_TEXT` whatever the prompt; checks that a continued request brings its beginning.
 
-    `group` tokens come in one chunk, `turn_s` apart. `receipt` fixes what the first chunk says.
+    `group` tokens come in one chunk, `turn_s` apart. `receipt` fixes what the first chunk says,
+    and `num_on_device` how many leading blocks of any prompt the device has.
     A prompt that begins with `deadly_token` ends the engine's loop, once.
     """
 
@@ -61,6 +63,7 @@ class FakeEngine:
         self.turn_s = turn_s
         self.receipt = receipt
         self.deadly_token = deadly_token
+        self.num_on_device = 0
         self.fail_with: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
@@ -129,6 +132,9 @@ class FakeEngine:
         device, host = self.receipt
         return Receipt(num_tokens, device, host, 0, num_tokens - device - host)
 
+    def num_device_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        return min(self.num_on_device, len(hashes))
+
     def stats(self) -> EngineStats:
         blocks = KvCacheStats(64, 64, 0, TOKENS_PER_BLOCK, 0, 0, 0, 0)
         return EngineStats(blocks, 0, self.num_running, 0, 0, 0, 0, self.num_turns)
@@ -141,33 +147,64 @@ class FakeEngine:
 
 
 class FakeHost:
+    """Has the blocks at the indices below `num_present`, counted from where it is asked."""
+
+    def __init__(self) -> None:
+        self.num_present = 0
+
+    def match(self, hashes: Sequence[BlockHash]) -> int:
+        return min(self.num_present, len(hashes))
+
     def stats(self) -> HostStats:
         return HostStats(100, 100, 0, 0, 0, 0, LAYOUT.block_bytes)
 
 
 class FakeCache:
-    """Stages every block asked for; `fetched` names those that came from the shared tier."""
+    """Stages every block asked for; `fetched` names those that came from the shared tier.
+
+    `host.num_present` blocks are there at once, the others come after `stage_s`.
+    """
 
     def __init__(self, fetched: frozenset[int] = frozenset(), stage_s: float = 0.0) -> None:
         self.host = FakeHost()
         self.fetched = fetched
         self.stage_s = stage_s
+        self.deadline_s = 10.0
         self.staged: list[Sequence[BlockHash]] = []
+        self.given_s: list[float] = []
         self.leased: set[int] = set()
         self.num_flushes = 0
+        self.flush_timeout_s = 0.0
+        self._lease_ids = itertools.count()
 
-    def stage(self, hashes: Sequence[BlockHash], deadline_s: float | None = None) -> StagedPrefix:
+    def lease(self, hashes: Sequence[BlockHash], first: int = 0) -> StagedPrefix:
+        return self._lease(hashes, first, first + self.host.match(hashes[first:]))
+
+    def can_fetch(self, hashes: Sequence[BlockHash], start: int) -> bool:
+        return start < len(hashes)
+
+    def grow(
+        self, staged: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float | None = None
+    ) -> StagedPrefix:
+        assert deadline_s is not None
+        self.given_s.append(deadline_s)
         time.sleep(self.stage_s)
-        lease = HostLease(len(self.staged), tuple(range(len(hashes))))
-        self.staged.append(hashes)
-        self.leased.add(lease.lease_id)
-        return StagedPrefix(lease, self.fetched)
+        self.release(staged)
+        self.staged.append(hashes[staged.first :])
+        return self._lease(hashes, staged.first, len(hashes))
+
+    def _lease(self, hashes: Sequence[BlockHash], first: int, end: int) -> StagedPrefix:
+        lease = HostLease(next(self._lease_ids), tuple(range(first, end)))
+        if lease.slots:
+            self.leased.add(lease.lease_id)
+        return StagedPrefix(lease, self.fetched, first)
 
     def release(self, staged: StagedPrefix) -> None:
         self.leased.discard(staged.lease.lease_id)
 
     def flush(self, timeout_s: float) -> bool:
         self.num_flushes += 1
+        self.flush_timeout_s = timeout_s
         return True
 
     def stats(self) -> CacheStats:

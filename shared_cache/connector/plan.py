@@ -76,8 +76,8 @@ class TransferPlan:
 class _Request:
     """One request: what the device had, what we promised beyond it, and how far it is saved.
 
-    `lease` covers the promised blocks until the turn that loads them. Blocks before `next_save`
-    are saved, or need not be.
+    `lease` covers the promised blocks, first slot first, until the turn that loads them. Blocks
+    before `next_save` are saved, or need not be.
     """
 
     chain: BlockHashChain
@@ -122,13 +122,16 @@ class RequestLedger:
         """How many tokens to promise, given what the device has and `lease` holds in host memory.
 
         Whole blocks, and at least one prompt token is left to compute. Takes over `lease`, which
-        covers the leading blocks of `chain`. A request of the same id is forgotten.
+        covers a run of `chain` that begins at block `num_device_tokens // tokens_per_block`: what
+        host memory holds of the blocks before does not matter. A request of the same id is
+        forgotten.
         """
         self.forget(request_id)
-        size, num_host_blocks = self._tokens_per_block, len(lease.slots)
+        size = self._tokens_per_block
+        host_end = num_device_tokens // size + len(lease.slots)
         promised = 0
         if num_device_tokens % size == 0:
-            most = min(num_host_blocks, (chain.num_tokens - 1) // size) * size
+            most = min(host_end, (chain.num_tokens - 1) // size) * size
             promised = max(0, most - num_device_tokens)
         if not promised:
             self._released.append(lease)
@@ -140,7 +143,7 @@ class RequestLedger:
             num_device_tokens=num_device_tokens,
             num_promised_tokens=promised,
             lease=lease if promised else None,
-            next_save=max(first_computed, num_host_blocks),
+            next_save=max(first_computed, host_end),
             seen_turn=self._turn,
             seen_s=self._clock(),
         )
@@ -202,7 +205,8 @@ class RequestLedger:
             )
         self._load_leases.append(_LoadLease(report.request_id, self._turn, lease))
         request.lease = None
-        return ((lease.slots[index], report.new_block_ids[index]) for index in blocks)
+        device_blocks = report.new_block_ids[blocks.start : blocks.stop]
+        return zip(lease.slots, device_blocks, strict=False)  # the lease may hold one block more
 
     def _take_save(self, report: ReportedRequest, is_new: bool) -> SaveRun | None:
         request = self._requests.get(report.request_id)

@@ -99,7 +99,8 @@ class SharedCacheScheduler:
 
     def _match(self, request: ConnectorRequest, num_computed_tokens: int) -> int:
         chain = BlockHashChain(self._tokens_per_block, reuse_scope(request), request.get_tokens(0))
-        lease = self._host.lease(chain.hashes)
+        num_device_blocks = num_computed_tokens // self._tokens_per_block
+        lease = self._host.lease(chain.hashes[num_device_blocks:])
         num_tokens = self._ledger.matched(request.request_id, chain, num_computed_tokens, lease)
         num_blocks = num_tokens // self._tokens_per_block
         logger.info(

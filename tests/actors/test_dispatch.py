@@ -9,7 +9,12 @@ import pytest
 from actors.dispatch import DispatchConfig, Dispatcher
 from actors.engine import GenerationRequest, SamplingParams, TokenChunk
 from actors.router import Router, RouterConfig
-from shared_cache.errors import ReplicaUnavailableError, RequestError
+from shared_cache.errors import (
+    ReplicaBusyError,
+    ReplicaRefusedError,
+    ReplicaUnavailableError,
+    RequestError,
+)
 from shared_cache.hashing import block_hashes
 from tests.fakes import FAKE_TEXT, TOKENS_PER_BLOCK, FakeEngine
 
@@ -23,10 +28,10 @@ class LocalRouter:
         self.router = Router(RouterConfig(policy="round_robin"), TOKENS_PER_BLOCK, shares=True)
         self.is_away = False
 
-    async def route(self, hashes, num_prompt_tokens):
+    async def route(self, hashes, num_prompt_tokens, avoid=()):
         if self.is_away:
             raise ReplicaUnavailableError("the router restarts")
-        return self.router.route(hashes, num_prompt_tokens)
+        return self.router.route(hashes, num_prompt_tokens, avoid)
 
     def first_token(self, reservation_id, receipt):
         self.router.first_token(reservation_id, receipt)
@@ -156,12 +161,77 @@ async def test_the_seed_is_the_same_on_every_replica_and_given_when_missing():
 
 
 async def test_attempts_are_bounded():
-    replicas = {name: DyingReplica(FakeEngine(), 0) for name in "abcd"}
+    replicas = {name: DyingReplica(FakeEngine(), 1) for name in "abcd"}
     setup = Setup(replicas, max_attempts=3)
     with pytest.raises(ReplicaUnavailableError, match="3 replicas failed"):
         await setup.collect(request())
     assert setup.metrics.events[-1] == ("finished", "unavailable")
     assert sum(len(one.engine.requests) for one in replicas.values()) == 3
+
+
+@pytest.mark.parametrize("num_tokens_first", [0, 4])
+async def test_a_request_that_replicas_die_of_does_not_take_the_whole_cluster(num_tokens_first):
+    replicas = {name: DyingReplica(FakeEngine(), 0) for name in "abcde"}
+    replicas["a"].lives_for = num_tokens_first
+    setup = Setup(replicas)
+    with pytest.raises(ReplicaUnavailableError, match="may be the cause"):
+        await setup.collect(request())
+    num_died = 3 if num_tokens_first else 2  # the death after a token was not in vain
+    assert sum(len(one.engine.requests) for one in replicas.values()) == num_died
+    snapshot = setup.router.router.snapshot()
+    assert [one.alive for one in snapshot.replicas].count(True) == 5 - num_died
+    assert setup.metrics.events[-1] == ("finished", "unavailable")
+
+
+class RefusingReplica(DyingReplica):
+    """Raises `error` instead of taking a request, until it is None."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(FakeEngine())
+        self.error = error
+        self.num_asked = 0
+
+    async def generate(self, request) -> AsyncGenerator[TokenChunk, None]:
+        self.num_asked += 1
+        if self.error is not None:
+            raise self.error
+        async for chunk in super().generate(request):
+            yield chunk
+
+
+async def test_replicas_that_take_no_requests_did_not_die_of_this_one():
+    refused = ReplicaRefusedError("draining")
+    replicas = {name: RefusingReplica(refused) for name in "abc"}
+    routed = await Setup(replicas | {"d": DyingReplica(FakeEngine())}).collect(request(20))
+    assert tokens_of(routed) == FAKE_TEXT.encode()[:20]
+    assert routed[-1].num_failovers == 3
+
+
+async def test_a_full_replica_is_passed_over_and_stays_alive():
+    full = RefusingReplica(ReplicaBusyError("full"))
+    setup = Setup({"a": full, "b": DyingReplica(FakeEngine())}, max_attempts=1, replica_wait_s=0)
+    for _ in range(2):
+        routed = await setup.collect(request(20))
+        assert (routed[0].replica_id, routed[-1].num_failovers) == ("b", 0)
+    assert full.num_asked
+    snapshot = setup.router.router.snapshot()
+    assert all(one.alive for one in snapshot.replicas)
+    assert snapshot.num_reservations == 0
+    assert not [event for event in setup.metrics.events if event[0] == "failover"]
+
+
+async def test_waits_for_a_full_cluster_and_then_says_so():
+    replicas = {name: RefusingReplica(ReplicaBusyError("full")) for name in "ab"}
+    setup = Setup(replicas, max_attempts=1, replica_wait_s=0.05)
+    with pytest.raises(ReplicaUnavailableError, match="all replicas stayed full"):
+        await setup.collect(request())
+    setup = Setup(replicas, max_attempts=1, replica_wait_s=30)
+    task = asyncio.create_task(setup.collect(request(20)))
+    num_asked = replicas["b"].num_asked
+    while replicas["b"].num_asked < num_asked + 2:
+        await asyncio.sleep(0.01)
+    replicas["b"].error = None
+    assert {one.replica_id for one in await task} == {"b"}
 
 
 async def test_an_abort_that_nobody_asked_for_is_a_death():

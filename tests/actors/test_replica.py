@@ -6,18 +6,25 @@ from contextlib import aclosing
 
 import pytest
 
-from actors.config import ModelSource, ReplicaConfig
+from actors.admission import StagingQueue
+from actors.config import EngineConfig, ModelSource, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams
 from actors.replica import EngineReplica
-from shared_cache.errors import ModelError, ReplicaUnavailableError, RequestError
+from shared_cache.errors import (
+    ModelError,
+    ReplicaBusyError,
+    ReplicaRefusedError,
+    ReplicaUnavailableError,
+    RequestError,
+)
 from shared_cache.hashing import ReuseScope, block_hashes
 from tests.fakes import TOKENS_PER_BLOCK, FakeCache, FakeEngine
 
 CONFIG = ReplicaConfig(name="replica-0", model=ModelSource(name="m", path="p", revision="r"))
 
 
-async def make_replica(engine: FakeEngine, **options) -> EngineReplica:
-    replica = EngineReplica(CONFIG, lambda _: engine, **options)
+async def make_replica(engine: FakeEngine, config=CONFIG, **options) -> EngineReplica:
+    replica = EngineReplica(config, lambda _: engine, **options)
     await replica.ready()
     return replica
 
@@ -56,6 +63,7 @@ async def test_stages_nothing_for_a_short_prompt_or_without_a_cache():
         ({3, 4}, 0, 5, 12, 8),
         ({0, 1, 4}, 2, 3, 8, 4),  # blocks 0 and 1 were fetched but found on the device
         ({0, 4}, 1, 2, 8, 0),  # block 4 was fetched but not loaded
+        ({2, 3}, 2, 3, 4, 8),  # staged from block 2 on, where the device's blocks end
         (set(), 2, 3, 12, 0),
     ],
 )
@@ -91,16 +99,20 @@ async def test_lease_ends_when_the_client_leaves_during_staging():
     class SlowCache(FakeCache):
         entered, go_on = threading.Event(), threading.Event()
 
-        def stage(self, hashes, deadline_s=None):
+        def grow(self, staged, hashes, deadline_s=None):
             self.entered.set()
             assert self.go_on.wait(10)
-            return super().stage(hashes)
+            grown = super().grow(staged, hashes, deadline_s)
+            self.grown_lease_id = grown.lease.lease_id
+            return grown
 
         def release(self, staged):
             super().release(staged)
-            released.set()
+            if staged.lease.lease_id == getattr(self, "grown_lease_id", None):
+                released.set()
 
     cache, released = SlowCache(), threading.Event()
+    cache.host.num_present = 1
     replica = await make_replica(FakeEngine(cache=cache))
     task = asyncio.create_task(collect(replica.generate(request())))
     assert await asyncio.to_thread(cache.entered.wait, 10)
@@ -120,6 +132,115 @@ async def test_staging_does_not_block_the_event_loop():
     await asyncio.wait_for(asyncio.sleep(0.01), 0.15)
     assert not task.done()
     await task
+
+
+async def started(engine: FakeEngine, num_requests: int) -> None:
+    while len(engine.requests) < num_requests:
+        await asyncio.sleep(0)
+
+
+async def test_what_the_device_has_is_not_staged():
+    cache, engine = FakeCache(), FakeEngine()
+    engine.cache, engine.num_on_device = cache, 2
+    replica = await make_replica(engine)
+    await collect(replica.generate(request(13)))
+    assert cache.staged == [block_hashes(range(13), TOKENS_PER_BLOCK)[2:3]]
+    engine.num_on_device = 3
+    await collect(replica.generate(request(13)))
+    assert len(cache.staged) == 1, "a prefix that is on the device waits for nothing"
+
+
+class HangingCache(FakeCache):
+    """The shared tier answers no earlier than `go_on`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def grow(self, staged, hashes, deadline_s=None):
+        assert self.go_on.wait(10)
+        return super().grow(staged, hashes, deadline_s)
+
+
+async def test_who_has_all_blocks_here_overtakes_any_number_that_wait_for_the_store():
+    cache = HangingCache()
+    engine = FakeEngine(cache=cache)
+    replica = await make_replica(engine)
+    misses = [asyncio.create_task(collect(replica.generate(request(13)))) for _ in range(60)]
+    await asyncio.sleep(0.05)
+    cache.host.num_present = 1
+    assert await asyncio.wait_for(collect(replica.generate(request(5))), 5)
+    assert len(engine.requests) == 1
+    cache.host.num_present = 0
+    cache.go_on.set()
+    await asyncio.gather(*misses)
+    assert not cache.leased
+
+
+async def test_the_deadline_runs_while_all_threads_are_taken(monkeypatch):
+    monkeypatch.setattr("actors.admission.MAX_FETCHING", 1)
+    cache = HangingCache()
+    cache.deadline_s = 0.05
+    queue = StagingQueue("replica-0", 8)
+    queue._fetching = asyncio.Semaphore(2)  # one more than threads, so that one waits for a thread
+    engine = FakeEngine(cache=cache)
+    tasks = [asyncio.create_task(collect(queue.stream(engine, request()))) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    cache.go_on.set()
+    await asyncio.gather(*tasks)
+    assert cache.given_s[0] > 0
+    assert cache.given_s[1] == 0
+
+
+async def test_few_requests_hold_blocks_before_their_first_token_and_all_are_served_in_order():
+    config = CONFIG.model_copy(update={"engine": EngineConfig(max_batch_size=2)})
+    cache = FakeCache()
+    cache.host.num_present = 100
+    engine = FakeEngine(cache=cache)
+    engine.gate.clear()
+    replica = await make_replica(engine, config)
+    names = [str(number) for number in range(10)]
+    tasks = [
+        asyncio.create_task(
+            collect(replica.generate(GenerationRequest(name, tuple(range(9)), SamplingParams(3))))
+        )
+        for name in names
+    ]
+    await started(engine, 4)
+    await asyncio.sleep(0.02)
+    assert len(cache.leased) == len(engine.requests) == 4
+    assert replica.stats().num_outstanding == 10
+    engine.gate.set()
+    await asyncio.gather(*tasks)
+    assert [one.request_id for one in engine.requests] == names
+    assert not cache.leased
+
+
+async def test_a_full_replica_refuses_until_a_request_ends():
+    settings = EngineConfig(max_batch_size=1, max_waiting_requests=1)
+    engine = FakeEngine()
+    engine.gate.clear()
+    replica = await make_replica(engine, CONFIG.model_copy(update={"engine": settings}))
+    running = [asyncio.create_task(collect(replica.generate(request()))) for _ in range(2)]
+    await started(engine, 2)
+    for _ in range(3):
+        with pytest.raises(ReplicaBusyError, match="max_waiting_requests"):
+            await asyncio.wait_for(collect(replica.generate(request())), 5)
+    assert replica.health().state == "ready"
+    assert replica.stats().num_outstanding == 2
+    engine.gate.set()
+    await asyncio.gather(*running)
+    assert await collect(replica.generate(request()))
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, None), (2, 2), (64, 3)])
+async def test_an_engine_gets_no_more_threads_than_its_machine_has_cpus(monkeypatch, asked, given):
+    monkeypatch.setattr("actors.replica._num_cpus", lambda: 3)
+    seen = []
+    config = CONFIG.model_copy(update={"engine": EngineConfig(torch_threads=asked)})
+    replica = EngineReplica(config, lambda config: seen.append(config) or FakeEngine())
+    await replica.ready()
+    assert [one.engine.torch_threads for one in seen] == [given]
 
 
 async def test_closing_the_stream_aborts_in_the_engine():
@@ -182,7 +303,7 @@ async def test_health_while_starting_and_after_a_failed_start():
     replica = EngineReplica(CONFIG, build)
     assert replica.health().state == "starting"
     assert replica.stats().engine is None
-    with pytest.raises(ReplicaUnavailableError, match="starting"):
+    with pytest.raises(ReplicaRefusedError, match="starting"):
         await collect(replica.generate(request()))
     go_on.set()
     with pytest.raises(ModelError, match="no such model"):
@@ -229,14 +350,15 @@ async def test_drain_refuses_new_requests_waits_and_flushes():
     while not engine.requests:
         await asyncio.sleep(0)
     assert not await replica.drain(0.01)
-    with pytest.raises(ReplicaUnavailableError, match="draining"):
+    with pytest.raises(ReplicaRefusedError, match="draining"):
         await collect(replica.generate(request()))
     assert replica.health().state == "draining"
-    assert cache.num_flushes == 0
+    assert cache.num_flushes == 1, "what is saved is written although a request goes on"
+    assert cache.flush_timeout_s > 0
     engine.gate.set()
     assert await replica.drain(10)
     assert len(await running) == 6
-    assert cache.num_flushes == 1
+    assert cache.num_flushes == 2
     await replica.close()
     await replica.close()
     assert engine.closed

@@ -15,7 +15,7 @@ from cluster.clients import RAY_NAMESPACE, connect
 from cluster.config import ClusterConfig
 from cluster.driver import Cluster
 from shared_cache.errors import ConfigError, ModelError, ReplicaUnavailableError, RequestError
-from tests.fakes import DEADLY_TOKEN, FAKE_TEXT, build_fake_engine
+from tests.fakes import DEADLY_TOKEN, FAKE_TEXT, FakeEngine, build_fake_engine
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -23,9 +23,12 @@ MODEL = ModelSource(name="fake", path="", revision="0")
 PATIENCE_S = 30.0
 
 
+ENGINE = {"torch_threads": 1, "kv_cache_config": {"tokens_per_block": 4}}
+
+
 def config(**settings) -> ClusterConfig:
-    engine = {"torch_threads": 1, "kv_cache_config": {"tokens_per_block": 4}}
-    return ClusterConfig(model="fake", engine=engine, num_cpus_per_replica=0.5, **settings)
+    defaults = {"model": "fake", "engine": ENGINE, "num_cpus_per_replica": 0.5}
+    return ClusterConfig(**(defaults | settings))
 
 
 def request(max_tokens: int = 20, name: str = "r") -> GenerationRequest:
@@ -143,6 +146,44 @@ async def test_connects_by_name_from_elsewhere(cluster):
     nobody = config(name="nobody", dispatch={"replica_wait_s": 0})
     with pytest.raises(ReplicaUnavailableError):
         await collect(connect(nobody), request(3))
+
+
+async def test_control_calls_are_answered_while_streams_fill_the_replica(ray_session, monkeypatch):
+    monkeypatch.setattr("cluster.driver.SPARE_STREAMS", 0)
+    engine = {"max_batch_size": 1, "max_waiting_requests": 1}
+    settings = config(name="busy", replicas=1, engine=ENGINE | engine)
+    with Cluster.start(settings, MODEL, build_slow_engine) as cluster:
+        dispatcher = cluster.dispatcher()
+        tasks = [asyncio.create_task(collect(dispatcher, request(100, str(i)))) for i in range(2)]
+        replica = ray.get_actor("busy-replica-0", namespace=RAY_NAMESPACE)
+        await eventually(lambda: ray.get(replica.stats.remote(), timeout=5).num_outstanding == 2)
+        assert ray.get(replica.health.remote(), timeout=5).state == "ready"
+        assert ray.get(replica.flush.remote(1), timeout=5)
+        assert not any(task.done() for task in tasks)
+        assert ray.get(replica.drain.remote(0.1), timeout=5) is False
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert ray.get(replica.drain.remote(5), timeout=10), "the end of a stream wakes who drains"
+
+
+async def test_what_a_full_replica_refuses_waits_and_is_served(ray_session):
+    engine = {"max_batch_size": 1, "max_waiting_requests": 1}
+    settings = config(name="full", replicas=1, engine=ENGINE | engine)
+    with Cluster.start(settings, MODEL, build_fake_engine) as cluster:
+        before = alive(cluster)
+        dispatcher = cluster.dispatcher()
+        answers = await asyncio.gather(
+            *(collect(dispatcher, request(20, str(i))) for i in range(6))
+        )
+        expected = FAKE_TEXT.encode()[:20].decode(errors="ignore")
+        assert {said(routed) for routed in answers} == {expected}
+        assert {one.num_failovers for routed in answers for one in routed} == {0}
+        assert alive(cluster) == before
+
+
+def build_slow_engine(config):
+    return FakeEngine(turn_s=1.0)
 
 
 def test_a_second_cluster_of_the_same_name_is_refused(cluster):

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from shared_cache.connector.plan import TransferPlan
 from shared_cache.connector.scheduler import SharedCacheScheduler, reuse_scope
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.errors import ConfigError
-from shared_cache.hashing import BlockHashChain, ReuseScope, block_hashes
+from shared_cache.hashing import BlockHash, BlockHashChain, ReuseScope, block_hashes
+from shared_cache.host.interface import HostLease
 from shared_cache.staging import SharedCache
 from tests.shared_cache.fakes import BLOCK_BYTES, LAYOUT, WAIT_S, ScriptedStore, make_cache
 from tests.shared_cache.mini_engine import SIZE, MiniEngine, MiniRequest, block_kv
@@ -298,11 +300,72 @@ def test_an_error_while_saving_is_counted_and_gives_the_slots_back() -> None:
     cache.close()
 
 
+def bind_three_saves(engine: MiniEngine) -> list[BlockHashChain]:
+    """Give the worker a plan with three runs of two blocks; what the runs hold."""
+    prompts = [list(range(start, start + 2 * SIZE)) for start in (0, 100, 200)]
+    for index, prompt in enumerate(prompts):
+        engine.scheduler.get_num_new_matched_tokens(MiniRequest(index, prompt), 0)
+    reports = [
+        RequestData(index, prompt, [2 * index, 2 * index + 1], 0, len(prompt))
+        for index, prompt in enumerate(prompts)
+    ]
+    plan = engine.scheduler.build_connector_meta(SchedulerOutput(reports))
+    assert len(plan.saves) == 3
+    engine.worker.bind_connector_meta(plan)
+    return [BlockHashChain(SIZE, tokens=prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_run_that_cannot_be_published_costs_the_others_nothing(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(None)
+    engine = MiniEngine(cache, num_blocks=8)
+    chains = bind_three_saves(engine)
+    commit = cache.host.commit
+
+    def fail_once(slots: Sequence[int], hashes: Sequence[BlockHash]) -> HostLease:
+        if hashes[0] == chains[failing].hashes[0]:
+            raise ConnectionError("the host tier's server is gone")
+        return commit(slots, hashes)
+
+    monkeypatch.setattr(cache.host, "commit", fail_once)
+    engine.worker.wait_for_save(None)
+    assert engine.worker.connector_faults == 1
+    found = [cache.host.match(chain.hashes) for chain in chains]
+    assert found == [0 if i == failing else 2 for i in range(3)]
+    stats = cache.stats().host
+    assert (stats.reserved_slots, stats.leased_slots, stats.used_slots) == (0, 0, 4)
+    cache.close()
+
+
+def test_an_interrupt_between_two_runs_gives_back_only_what_is_not_published(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = make_cache(None)
+    engine = MiniEngine(cache, num_blocks=8)
+    chains = bind_three_saves(engine)
+    save = cache.save
+
+    def interrupted(slots: Sequence[int], parent: BlockHash, hashes: Sequence[BlockHash]) -> None:
+        if hashes[0] == chains[1].hashes[0]:
+            raise KeyboardInterrupt
+        save(slots, parent, hashes)
+
+    monkeypatch.setattr(cache, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.worker.wait_for_save(None)
+    assert [cache.host.match(chain.hashes) for chain in chains] == [2, 0, 0]
+    assert (cache.stats().host.reserved_slots, cache.stats().host.leased_slots) == (0, 0)
+    cache.close()
+
+
 def test_a_plan_is_carried_out_once_and_a_warm_up_without_one_does_nothing() -> None:
     store = ScriptedStore()
     cache = make_cache(store)
     engine = MiniEngine(cache)
     engine.run(MiniRequest(1, list(PROMPT)))
+    assert cache.flush(WAIT_S)  # or both runs might be written as one
     request = MiniRequest(2, [*PROMPT, *range(8)])
     engine.start(request)
     engine.turn(new=(request,))

@@ -30,8 +30,11 @@ class Driver:
         self._next_lease = 1
 
     def match(self, id_: int, num_tokens: int, device: int = 0, host: int = 0) -> int:
-        """`device` tokens on the device, `host` blocks in host memory (slots 7, 8, ...)."""
-        lease = HostLease(self._next_lease, tuple(range(7, 7 + host)))
+        """`device` tokens on the device; the first `host` blocks in host memory (slots 7, 8, ...).
+
+        Of these, the lease covers those behind the device's.
+        """
+        lease = HostLease(self._next_lease, tuple(range(7 + device // SIZE, 7 + host)))
         self._next_lease += 1
         return self.ledger.matched(id_, chain(num_tokens), device, lease)
 
@@ -218,6 +221,16 @@ def test_a_block_computed_again_only_for_its_last_token_is_not_saved_again() -> 
     driver = Driver()
     assert driver.match(1, 96, host=3) == 64
     assert saved(driver.turn([first(1, 96, 0, 32)])) == []
+
+
+def test_host_blocks_behind_the_devices_need_no_beginning_in_host_memory() -> None:
+    """The lease begins at block 2; blocks 0 and 1 are on the device alone."""
+    driver = Driver()
+    lease = HostLease(1, (30, 31))
+    assert driver.ledger.matched(1, chain(200), 64, lease) == 64
+    plan = driver.turn([first(1, 200, position=64, scheduled=72)])
+    assert plan.loads == [(30, 102), (31, 103)]
+    assert saved(plan) == expected(200, 4, 6)
 
 
 def test_an_unaligned_device_match_saves_from_the_block_it_ends_in() -> None:

@@ -104,6 +104,36 @@ def test_a_tail_that_is_stored_without_its_beginning_is_found(store: ScriptedSto
     cache.close()
 
 
+def test_blocks_behind_the_devices_are_staged_without_their_beginning(store: ScriptedStore) -> None:
+    """The engine has blocks 0 to 4, host memory has 5 to 7: the rest comes, nothing before."""
+    cache = make_cache(store)
+    fill_host(cache, HASHES[5:8])
+    held = cache.lease(HASHES, first=5)
+    assert (held.num_blocks, held.end) == (3, 8)
+    assert cache.can_fetch(HASHES, held.end)
+    staged = cache.grow(held, HASHES)
+    assert (staged.first, staged.num_blocks, staged.end) == (5, 15, 20)
+    assert staged.fetched == frozenset(range(8, 20))
+    assert set(store.num_reads) == set(HASHES[8:])
+    for slot, block_hash in zip(staged.lease.slots, HASHES[5:], strict=True):
+        assert bytes(cache.host.buffer(slot)) == payload_of(block_hash)
+    assert cache.stats().staged_blocks == 15
+    cache.release(staged)
+    assert cache.stats().host.leased_slots == 0
+    cache.close()
+
+
+def test_a_lease_asks_no_store_and_nothing_can_come_without_one(store: ScriptedStore) -> None:
+    cache = make_cache(store)
+    check(cache, cache.lease(HASHES), 0)
+    assert store.num_matches == 0
+    assert not cache.can_fetch(HASHES, 20)
+    cache.close()
+    alone = make_cache(None)
+    assert not alone.can_fetch(HASHES, 0)
+    alone.close()
+
+
 def test_a_prefix_ends_where_the_store_ends(store: ScriptedStore) -> None:
     cache = make_cache(store)
     longer = chain_of(30)
