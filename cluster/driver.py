@@ -13,11 +13,12 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from actors import replica
 from actors.config import ModelSource, ReplicaConfig
 from actors.dispatch import Dispatcher
 from actors.engine import Engine
 from actors.metrics import Metrics
-from actors.replica import EngineReplica, ReplicaHealth, ReplicaStats
+from actors.replica import ReplicaHealth, ReplicaStats
 from actors.router import Router, RouterSnapshot
 from cluster.clients import RAY_NAMESPACE, connect, raise_as_ours
 from cluster.config import ClusterConfig
@@ -37,18 +38,18 @@ SNAPSHOT_TIMEOUT_S = 10.0
 FREE_CPUS_TIMEOUT_S = 15.0
 
 
-class ReplicaActor(EngineReplica):
-    """`EngineReplica` as an actor. Ray runs its control calls apart from the streams.
+class EngineReplica(replica.EngineReplica):
+    """A replica as an actor. Ray runs its control calls apart from the streams.
 
     In one group, as many streams as the group takes would keep `health` from answering, and the
     watcher would restart a replica for being busy.
     """
 
-    ready = ray.method(concurrency_group="control")(EngineReplica.ready)
-    health = ray.method(concurrency_group="control")(EngineReplica.health)
-    stats = ray.method(concurrency_group="control")(EngineReplica.stats)
-    drain = ray.method(concurrency_group="control")(EngineReplica.drain)
-    flush = ray.method(concurrency_group="control")(EngineReplica.flush)
+    ready = ray.method(concurrency_group="control")(replica.EngineReplica.ready)
+    health = ray.method(concurrency_group="control")(replica.EngineReplica.health)
+    stats = ray.method(concurrency_group="control")(replica.EngineReplica.stats)
+    drain = ray.method(concurrency_group="control")(replica.EngineReplica.drain)
+    flush = ray.method(concurrency_group="control")(replica.EngineReplica.flush)
 
 
 class Cluster:
@@ -176,7 +177,7 @@ class Cluster:
         self, name: str, threads: int, build: Callable[[ReplicaConfig], Engine] | None
     ) -> Any:
         config = self.config
-        actor = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(ReplicaActor).options(
+        actor = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(EngineReplica).options(
             name=name,
             namespace=RAY_NAMESPACE,
             num_cpus=config.num_cpus_per_replica,
@@ -186,13 +187,13 @@ class Cluster:
             # Ray sets OMP_NUM_THREADS to num_cpus, which is for scheduling, not for speed.
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )
-        replica = ReplicaConfig(
+        replica_config = ReplicaConfig(
             name=name,
             model=self.model,
             engine=config.engine.model_copy(update={"torch_threads": threads}),
             cache=config.cache,
         )
-        return actor.remote(replica, build, config.lifecycle.stall_timeout_s)
+        return actor.remote(replica_config, build, config.lifecycle.stall_timeout_s)
 
     def _await_ready(self) -> None:
         """Wait for all replicas, which load in parallel; the first failure ends the wait."""
