@@ -3,16 +3,17 @@
 Each case runs both sides in turn, several times, and keeps the best time of each, so that another
 process on the machine disturbs one run and not the comparison.
 
-    python benchmarks/engine.py --model smollm2-135m --json report/engine.json
+    python -m benchmarks.engine --model smollm2-135m --json report/engine.json
 """
 
 import argparse
 import asyncio
-import json
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,40 +26,11 @@ from actors.config import EngineConfig, ModelSource, NGramConfig, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams
 from actors.engines.torch.build import build_torch_engine
 from actors.engines.torch.engine import TorchEngine
+from cluster.demo.library import read_text
+from cluster.demo.ngram import EDIT, EDIT_START
+from cluster.demo.prompts import Prompts as DemoPrompts
+from cluster.demo.report import hardware, versions, write_json
 from cluster.models import resolve_model
-
-CODE = '''\
-class Account:
-    """A bank account with a history of its transactions."""
-
-    def __init__(self, owner, balance=0):
-        self.owner = owner
-        self.balance = balance
-        self.history = []
-
-    def deposit(self, amount):
-        if amount <= 0:
-            raise ValueError("the amount must be positive")
-        self.balance += amount
-        self.history.append(("deposit", amount))
-        return self.balance
-
-    def withdraw(self, amount):
-        if amount <= 0:
-            raise ValueError("the amount must be positive")
-        if amount > self.balance:
-            raise ValueError("there is not enough money in the account")
-        self.balance -= amount
-        self.history.append(("withdraw", amount))
-        return self.balance
-
-    def transfer(self, other, amount):
-        self.withdraw(amount)
-        other.deposit(amount)
-        self.history.append(("transfer", other.owner, amount))
-        return self.balance
-'''
-EDIT = f"Repeat this code, and add a comment to each function:\n```python\n{CODE}```"
 
 
 @dataclass(frozen=True)
@@ -230,10 +202,10 @@ def measure_batch(engine: TorchEngine, prompts: Prompts, repeat: int, new_tokens
 
 
 def measure_edit(engine: TorchEngine, repeat: int, new_tokens: int) -> Timed:
-    """The fastest answer to the code edit."""
-    messages = [{"role": "user", "content": EDIT}]
-    encoded = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    prompt = tuple(encoded["input_ids"])
+    """The fastest answer to the code edit of the demo's `ngram` scenario."""
+    question = EDIT.format(text=read_text("length.py.txt"))
+    chat = DemoPrompts(engine.tokenizer).chat([{"role": "user", "content": question}], EDIT_START)
+    prompt = tuple(chat)
     answers = [asyncio.run(answer(engine, prompt, new_tokens)) for _ in range(1 + repeat)]
     return max(answers[1:], key=lambda timed: timed.decode_tokens_per_s)
 
@@ -286,9 +258,22 @@ def main() -> None:
             f"{f.ratio:6.2f} {f.target_ratio:6.1f}   against {f.baseline}{verdict}"
         )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(f) | {"ratio": f.ratio} for f in figures]
-        args.json.write_text(json.dumps({"torch": torch.__version__, "figures": rows}, indent=1))
+        write_json(report(args, figures), args.json)
+
+
+def report(args: argparse.Namespace, figures: list[Figure]) -> dict[str, Any]:
+    """The figures with what one has to know to make them again."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() or None,
+        "hardware": hardware(),
+        "versions": versions(),
+        "options": {"model": args.model, "dtype": args.dtype, "threads": args.threads},
+        "figures": [asdict(f) | {"ratio": f.ratio} for f in figures],
+    }
 
 
 if __name__ == "__main__":
