@@ -182,9 +182,9 @@ class EngineReplica:
         if self._state == "open":
             self._state = "draining"
         deadline_s = time.monotonic() + timeout_s
-        wait_s = timeout_s - min(FLUSH_RESERVE_S, timeout_s / 4)
-        is_idle = await asyncio.to_thread(self._idle.wait, wait_s)
-        is_written = await self.flush(max(0.0, deadline_s - time.monotonic()))
+        reserve_s = min(FLUSH_RESERVE_S, timeout_s / 4)
+        is_idle = await asyncio.to_thread(self._idle.wait, timeout_s - reserve_s)
+        is_written = await self.flush(max(reserve_s, deadline_s - time.monotonic()))
         return is_idle and is_written
 
     async def flush(self, timeout_s: float) -> bool:
