@@ -96,6 +96,6 @@ class ReplicaConfig(Settings):
         if self.cache is not None and self.engine.kv_cache_config.host_cache_size is not None:
             raise ValueError(
                 "engine.kv_cache_config.host_cache_size and cache exclude one another, as in "
-                "TensorRT-LLM; remove host_cache_size and set cache.host_bytes instead"
+                "TensorRT-LLM; remove host_cache_size and set cache.host.bytes instead"
             )
         return self

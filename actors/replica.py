@@ -21,13 +21,13 @@ from actors.admission import StagingQueue
 from actors.config import ReplicaConfig
 from actors.engine import Engine, EngineStats, GenerationRequest, TokenChunk
 from actors.streams import batches
+from shared_cache.cache_stats import CacheStats
 from shared_cache.errors import (
     KvcommonsError,
     ReplicaBusyError,
     ReplicaRefusedError,
     ReplicaUnavailableError,
 )
-from shared_cache.staging import CacheStats
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class EngineReplica:
         engine = self._built()
         if engine is None:
             return health
-        host_slots = engine.cache.host.stats().num_slots if engine.cache else 0
+        host_slots = engine.cache.host.num_slots if engine.cache else 0
         return replace(
             health,
             cache_blocks=max(engine.stats().kv_cache.max_num_blocks, host_slots),

@@ -8,12 +8,10 @@ process on the machine disturbs one run and not the comparison.
 
 import argparse
 import asyncio
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,11 @@ from actors.config import EngineConfig, ModelSource, NGramConfig, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams
 from actors.engines.torch.build import build_torch_engine
 from actors.engines.torch.engine import TorchEngine
+from benchmarks.provenance import provenance
 from cluster.demo.library import read_text
 from cluster.demo.ngram import EDIT, EDIT_START
 from cluster.demo.prompts import Prompts as DemoPrompts
-from cluster.demo.report import hardware, versions, write_json
+from cluster.demo.report import write_json
 from cluster.models import resolve_model
 
 
@@ -263,14 +262,8 @@ def main() -> None:
 
 def report(args: argparse.Namespace, figures: list[Figure]) -> dict[str, Any]:
     """The figures with what one has to know to make them again."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
         "options": {"model": args.model, "dtype": args.dtype, "threads": args.threads},
         "figures": [asdict(f) | {"ratio": f.ratio} for f in figures],
     }

@@ -1,6 +1,7 @@
 """`kvcommons up|status|down`: the endpoint in the background, on the Ray of this machine.
 
-Errors that a person can mend are one line on stderr and exit status 1, not a stack trace.
+`kvcommons cache ...` looks after the store behind it (see `cache_cli`). Errors that a person can
+mend are one line on stderr and exit status 1 (of `cache`: 2), not a stack trace.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import ray
 from rich.console import Console
 
 from actors.replica import ReplicaStats
+from cluster import cache_cli
 from cluster.clients import NamedActor, RayRouterClient
 from cluster.config import ClusterConfig, load_config
 from cluster.ray_session import attach_ray
@@ -36,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument(
                 "--json", dest="as_json", action="store_true", help="all figures, for programs"
             )
-    options = vars(parser.parse_args(arguments))
+    text = "look at a store and look after it"
+    cache_cli.add_commands(commands.add_parser("cache", help=text, description=text))
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "cache":
+        return cache_cli.run(parsed)
+    options = vars(parsed)
     run, config = _COMMANDS[options.pop("command")][0], options.pop("config")
     try:
         return run(load_config(config), **options)

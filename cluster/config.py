@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from actors.config import EngineConfig, ModelSource, ReplicaConfig
 from actors.dispatch import DispatchConfig
 from actors.router import RouterConfig
-from shared_cache.config import CacheConfig, Settings
+from shared_cache.config import DEFAULT_ARENA, CacheConfig, Settings
 from shared_cache.errors import ConfigError
 
 
@@ -81,16 +81,14 @@ class ClusterConfig(Settings):
 
     @field_validator("cache")
     @classmethod
-    def _expand_store(cls, cache: CacheConfig | None) -> CacheConfig | None:
-        if cache is None or cache.store is None:
+    def _expand_urls(cls, cache: CacheConfig | None) -> CacheConfig | None:
+        if cache is None:
             return cache
-        store = expand_store_url(cache.store)
-        if "memory" in re.split("::|://", store)[:-1]:
-            raise ValueError(
-                f"{store} is memory of each process alone, so the replicas would share nothing; "
-                "set store to file:// and a folder, or to null for no shared tier"
-            )
-        return cache.model_copy(update={"store": store})
+        tiers = tuple(
+            tier.model_copy(update={"url": _shareable_url(tier.url)}) for tier in cache.tiers
+        )
+        store = None if cache.store is None else _shareable_url(cache.store)
+        return cache.model_copy(update={"store": store, "tiers": tiers})
 
     @model_validator(mode="after")
     def _replicas_are_valid(self) -> "ClusterConfig":
@@ -104,9 +102,33 @@ class ClusterConfig(Settings):
         return tuple(f"{self.name}-replica-{index}" for index in range(self.replicas))
 
     @property
+    def replica_cache(self) -> CacheConfig | None:
+        """The cache section as replicas get it.
+
+        The cluster runs the arena's owner, and the arena bears the cluster's name by default: two
+        clusters on one machine do not take each other's memory.
+        """
+        if self.cache is None:
+            return None
+        name = self.name if self.cache.host.name == DEFAULT_ARENA else self.cache.host.name
+        host = self.cache.host.model_copy(update={"name": name, "start_owner": False})
+        return self.cache.model_copy(update={"host": host})
+
+    @property
     def router_name(self) -> str:
         """The name of the router actor."""
         return f"{self.name}-router"
+
+
+def _shareable_url(url: str) -> str:
+    """`url` expanded; raises `ValueError` for one that each replica would have for itself."""
+    expanded = expand_store_url(url)
+    if "memory" in re.split("::|://", expanded)[:-1]:
+        raise ValueError(
+            f"{expanded} is memory of each process alone, so the replicas would share nothing; "
+            "take file:// and a folder, or set store to null for no shared tier"
+        )
+    return expanded
 
 
 def expand_store_url(url: str) -> str:
@@ -194,6 +216,8 @@ def _allowed(location: list[str]) -> list[str]:
     """The names of the settings in the section at `location`."""
     section: type[BaseModel] = ClusterConfig
     for part in location:
+        if part.isdigit():  # a place in a list
+            continue
         annotation = section.model_fields[part].annotation
         kinds = [annotation, *get_args(annotation)]
         section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))

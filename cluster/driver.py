@@ -20,6 +20,7 @@ from actors.engine import Engine
 from actors.metrics import Metrics
 from actors.replica import ReplicaHealth, ReplicaStats
 from actors.router import Router, RouterSnapshot
+from cluster.arena_owners import ArenaOwners
 from cluster.clients import RAY_NAMESPACE, connect, raise_as_ours
 from cluster.config import ClusterConfig
 from cluster.ray_session import join_ray
@@ -62,6 +63,7 @@ class Cluster:
         self._owns_ray = owns_ray
         self._router: Any = None
         self._replicas: dict[str, Any] = {}
+        self._arenas = ArenaOwners(config)
         self._watcher: Watcher | None = None
 
     @classmethod
@@ -152,6 +154,8 @@ class Cluster:
         threads = self.config.engine.torch_threads or max(1, int(cpus) // self.config.replicas)
         try:
             self._router = self._start_router()
+            self._arenas.ensure()
+            self._arenas.await_ready(self.config.lifecycle.startup_timeout_s)
             for name in self.config.replica_names:
                 self._replicas[name] = self._start_replica(name, threads, build)
         except ValueError as error:  # Ray's word for a name that is taken
@@ -160,12 +164,14 @@ class Cluster:
                 "stop it (`python -m cluster.cli down`), or set another `name`"
             ) from error
         self._await_ready()
-        self._watcher = Watcher(self._router, self._replicas, self.config.lifecycle)
+        self._watcher = Watcher(
+            self._router, self._replicas, self.config.lifecycle, self._arenas.ensure
+        )
         self._watcher.tick()
         self._watcher.start()
 
     def _start_router(self) -> Any:
-        shares = self.config.cache is not None and self.config.cache.store is not None
+        shares = self.config.cache is not None and bool(self.config.cache.all_tiers)
         actor = ray.remote(Router).options(
             name=self.config.router_name, namespace=RAY_NAMESPACE, num_cpus=0, max_restarts=-1
         )
@@ -191,7 +197,7 @@ class Cluster:
             name=name,
             model=self.model,
             engine=config.engine.model_copy(update={"torch_threads": threads}),
-            cache=config.cache,
+            cache=config.replica_cache,
         )
         return actor.remote(replica_config, build, config.lifecycle.stall_timeout_s)
 
@@ -228,10 +234,13 @@ class Cluster:
 
     def _kill(self) -> None:
         """End all actors and wait until their names are free again."""
+        names = {*self._replicas, *self._arenas.names}
         for handle in (*self._replicas.values(), self._router):
             if handle is not None:
                 ray.kill(handle, no_restart=True)
-        names = {*self._replicas, self.config.router_name} if self._router else set()
+        if self._router is not None:
+            names.add(self.config.router_name)
+        self._arenas.stop()
         deadline_s = time.monotonic() + SNAPSHOT_TIMEOUT_S
         while names.intersection(_running_names()) and time.monotonic() < deadline_s:
             time.sleep(0.02)

@@ -8,7 +8,7 @@ empty cache. Both are decided here, apart from Ray, and carried out by a thread 
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,16 +79,23 @@ class ReplicaWatch:
 class Watcher:
     """A thread that keeps the router's list of replicas true; `stop` ends it.
 
+    `also` is called every period too: what else has to be kept true.
+
     Every period each replica is asked for its health. Registering again is a no-op for the router,
     so one that was restarted, or that was told a false alarm, knows the replicas again at once.
     """
 
     def __init__(
-        self, router: Any, replicas: Mapping[str, Any], lifecycle: LifecycleConfig
+        self,
+        router: Any,
+        replicas: Mapping[str, Any],
+        lifecycle: LifecycleConfig,
+        also: Callable[[], None] = lambda: None,
     ) -> None:
         now_s = time.monotonic()
         self._router = router
         self._replicas = replicas
+        self._also = also
         self._period_s = lifecycle.health_period_s
         self._watches = {name: ReplicaWatch(lifecycle, now_s) for name in replicas}
         self._asked: dict[Any, str] = {}
@@ -127,6 +134,7 @@ class Watcher:
         while not self._stop.is_set():
             try:
                 self.tick()
+                self._also()
             except RayError:
                 logger.exception("watching the replicas failed; trying again")
             self._stop.wait(self._period_s)

@@ -36,7 +36,8 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
         if section is not None:
-            inner.append((f"{path}.{name}" if path else name, section))
+            inner_path = f"{path}.{name}" if path else name
+            inner.append((inner_path + "[]" * _is_list(field.annotation), section))
         yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_meaning(field)} |"
     for inner_path, section in inner:
         yield from sections(section, inner_path)
@@ -49,9 +50,15 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple
+
+
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if _is_list(annotation):
+        return "list of sections"
     if _section(annotation) is not None:
         return "section or null" if type(None) in get_args(annotation) else "section"
     if type(None) in get_args(annotation):
@@ -74,6 +81,8 @@ def _default(field: FieldInfo) -> str:
         return "see below"
     if isinstance(value, ByteSize):
         return f"`{value.human_readable()}`"
+    if value in ((), {}):
+        return "empty"
     return "" if value is PydanticUndefined else f"`{value}`"
 
 

@@ -94,12 +94,13 @@ class BackOff:
 class StoreGuard:
     """Stands between the cache and one direction (reading, writing) of a store; thread-safe.
 
-    A store that raises, and one that has not answered for `timeout_s`, is not `usable` for a while.
+    A store that raises is not `usable` for a while. One that hangs (something has been under way
+    for `patience_s`, and nothing has ended for so long) is not until something ends.
     """
 
-    def __init__(self, what: str, timeout_s: float, faults: FaultLog, clock: Clock) -> None:
+    def __init__(self, what: str, patience_s: float, faults: FaultLog, clock: Clock) -> None:
         self._what = what
-        self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._faults = faults
         self._clock = clock
         self._back_off = BackOff(clock)
@@ -107,18 +108,32 @@ class StoreGuard:
         self._ids = count()
         self._started_s: dict[int, float] = {}
         self._overdue: set[int] = set()
+        self._ended_s = float("-inf")
+        self._num_faults = 0
+
+    @property
+    def num_faults(self) -> int:
+        """Faults of this store in this direction since the start."""
+        return self._num_faults
 
     def usable(self) -> bool:
         """Whether the store is to be asked now."""
+        is_hanging = self.is_hanging()
         with self._lock:
-            oldest_s = self._clock() - self._timeout_s
-            overdue = {id_ for id_, start_s in self._started_s.items() if start_s <= oldest_s}
+            return not is_hanging and self._back_off.is_over
+
+    def is_hanging(self) -> bool:
+        """Whether nothing has come from the store for too long although something is awaited."""
+        with self._lock:
+            before_s = self._clock() - self._patience_s
+            overdue = {id_ for id_, start_s in self._started_s.items() if start_s <= before_s}
             news = overdue - self._overdue
             self._overdue |= news
-            usable = not overdue and self._back_off.is_over
+            self._num_faults += len(news)
+            is_hanging = bool(overdue) and self._ended_s <= before_s
         for _ in news:
-            self._faults.record(f"{self._what}: no answer for {self._timeout_s:g} s")
-        return usable
+            self._faults.record(f"{self._what}: no answer for {self._patience_s:g} s")
+        return is_hanging
 
     @contextmanager
     def operation(self) -> Iterator[None]:
@@ -134,12 +149,17 @@ class StoreGuard:
             yield
         except Exception as caught:
             error = caught
+        self._ended(operation_id, error)
+
+    def _ended(self, operation_id: int, error: Exception | None) -> None:
         with self._lock:
             del self._started_s[operation_id]
             self._overdue.discard(operation_id)
+            self._ended_s = self._clock()
             if error is None:
                 self._back_off.success()
             else:
+                self._num_faults += 1
                 self._back_off.fault()
         if error is not None:
             self._faults.record(self._what, error)

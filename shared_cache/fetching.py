@@ -1,262 +1,243 @@
-"""Fetching: runs of blocks on their way from the shared tier into the host tier.
+"""Fetching: runs of blocks on their way from the tiers into the host tier.
 
 A burst of requests with one system prompt would read the same blocks once per request. Here every
-block on its way belongs to exactly one `Fetch`; whoever needs it too waits for the same one. A
-fetch goes in pieces, several at a time, so that a request whose time runs out still gets what has
-arrived, in order, and no long prompt keeps the threads from a short one.
+block on its way belongs to exactly one `Fetch`; whoever needs it too waits for the same one, and
+what another process of this machine is reading is waited for as well. A fetch goes in pieces,
+several at a time, so that a request whose time runs out still gets what has arrived, in order, and
+no long prompt keeps the threads from a short one.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 
-from shared_cache.faults import StoreGuard
-from shared_cache.hashing import BlockHash
-from shared_cache.host.interface import HostLease, HostTier
-from shared_cache.store import BlockStore
-from shared_cache.threads import IoThreads
+from shared_cache.cost import CostGate
+from shared_cache.fetch_state import Decided, Fetch, Fetched, InFlight, Limit, Ticket
+from shared_cache.hashing import BlockHash, ReuseScope
+from shared_cache.host.interface import HostTier
+from shared_cache.pieces import Piece, PieceReader
+from shared_cache.tier_speeds import TierBlocks
+from shared_cache.tiers import Tier, TieredStore
 
-BLOCKS_PER_PIECE = 8
-"""Read by one store call; a few MB, where local disks and object stores reach their bandwidth."""
-
-CLOSE_TIMEOUT_S = 5.0
-"""How long closing waits for store calls that are under way."""
-
-
-@dataclass(eq=False, slots=True)
-class Fetch:
-    """One run on its way; the fetcher's lock guards all that changes.
-
-    `before` are the hashes of the same chain before the run: a store that never saw the run finds
-    it by the object that it lies in, which may begin earlier. `num_arrived` leading blocks are in
-    host memory, leased by this fetch; it holds its leases until it is done and nobody uses it any
-    more. `read` are the blocks that the store delivered.
-    """
-
-    before: tuple[BlockHash, ...]
-    hashes: tuple[BlockHash, ...]
-    num_arrived: int = 0
-    is_done: bool = False
-    num_users: int = 0
-    read: set[BlockHash] = field(default_factory=set)
-    leases: list[HostLease] = field(default_factory=list)
-    num_found: int = 0
-    num_submitted: int = 0
-    num_running: int = 0
-    finished_pieces: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A request's interest in the first `num_wanted` blocks of a fetch."""
-
-    fetch: Fetch
-    num_wanted: int
+POLL_S = 0.1
+"""How often who waits looks whether a tier hangs that another one could stand in for."""
 
 
 class Fetcher:
     """Reads missing blocks into the host tier, each block once however many requests want it.
 
-    Every `join` must be followed by `leave`. Nothing here raises for a fault of the store.
+    Nothing here raises for a fault of a store.
     """
 
     def __init__(
-        self, host: HostTier, store: BlockStore, guard: StoreGuard, num_threads: int
+        self,
+        host: HostTier,
+        tiers: TieredStore,
+        reader: PieceReader,
+        pieces_at_once: int,
+        gate: CostGate,
     ) -> None:
-        self._host = host
-        self._store = store
-        self._guard = guard
-        self._pieces_at_once = num_threads
-        self._threads = IoThreads(num_threads, "kvcommons-fetch")
+        self._tiers = tiers
+        self._reader = reader
+        self._pieces_at_once = pieces_at_once
+        self._gate = gate
         self._changed = threading.Condition()
-        self._in_flight: dict[BlockHash, tuple[Fetch, int]] = {}
+        self._in_flight = InFlight(host)
         self._is_closed = False
-        self._meter = _BusyMeter()
-        self._fetched_blocks = 0
+        self._num_from_peers = 0
 
     @property
-    def fetched_blocks(self) -> int:
-        """Verified blocks that came from the shared tier since the start."""
-        return self._fetched_blocks
+    def num_from_peers(self) -> int:
+        """Blocks that were wanted here and that another process brought meanwhile."""
+        return self._num_from_peers
 
-    @property
-    def busy_s(self) -> float:
-        """Seconds in which at least one read was under way; blocks over this is the bandwidth."""
-        return self._meter.busy_s
+    @contextmanager
+    def fetched(
+        self,
+        chain: Sequence[BlockHash],
+        start: int,
+        scope: ReuseScope,
+        deadline_s: float,
+        limit: Limit,
+    ) -> Iterator[Fetched]:
+        """Bring the blocks of `chain` from `start` on; those that came are leased in the block.
 
-    def join(self, chain: Sequence[BlockHash], start: int) -> list[Ticket]:
+        Waits until `deadline_s` (a time of `time.monotonic`) at most. When a tier hangs while
+        another one may have the blocks, that one is asked.
+        """
+        got = Fetched()
+        try:
+            while not self._is_closed:
+                tickets = self.join(chain, start, scope, limit)
+                got.tickets += tickets
+                got.is_decided = self.wait(tickets, deadline_s)
+                if not any(ticket.fetch.is_abandoned for ticket in tickets):
+                    break
+            yield got
+        finally:
+            self.leave(got.tickets)
+
+    def join(
+        self, chain: Sequence[BlockHash], start: int, scope: ReuseScope, limit: Limit
+    ) -> list[Ticket]:
         """Have the blocks of `chain` from `start` on fetched, those that are not on their way yet.
 
-        Gives tickets in prefix order; none when the store is better left alone now.
+        Gives tickets in prefix order; none when all tiers are better left alone now. They must be
+        given to `leave`.
         """
-        if not self._guard.usable():
-            return []
+        nearest = self._tiers.nearest()
         with self._changed:
-            if self._is_closed:
+            self._abandon_stuck()
+            if nearest is None or self._is_closed:
                 return []
             tickets = []
-            groups = groupby(chain[start:], key=lambda h: self._in_flight.get(h, (None, 0))[0])
-            for known, group in groups:
-                hashes = tuple(group)
-                fetch = known or self._begin(Fetch(tuple(chain[:start]), hashes))
-                fetch.num_users += 1
-                tickets.append(Ticket(fetch, self._in_flight[hashes[-1]][1] + 1))
-                start += len(hashes)
+            for fetch, end in self._in_flight.runs(chain, start):
+                if fetch is None:
+                    self._begin(Fetch(tuple(chain[:end]), start, scope, limit), nearest)
+                tickets.append(self._in_flight.ticket(chain[end - 1]))
+                start = end
             return tickets
 
     def wait(self, tickets: Sequence[Ticket], deadline_s: float) -> bool:
-        """Wait until it is decided how much of `tickets` arrives; False when time ran out first.
-
-        `deadline_s` is a time of `time.monotonic`.
-        """
+        """Wait until it is decided how much of `tickets` arrives; False when time ran out first."""
         with self._changed:
             for ticket in tickets:
-                decided = partial(self._is_decided, ticket)
-                if not self._changed.wait_for(decided, max(0.0, deadline_s - time.monotonic())):
-                    return False
+                while not (self._is_closed or ticket.fetch.is_decided(ticket.num_wanted)):
+                    left_s = deadline_s - time.monotonic()
+                    if left_s <= 0:
+                        return False
+                    self._changed.wait(left_s if len(self._tiers.tiers) == 1 else POLL_S)
+                    self._abandon_stuck()
                 if ticket.fetch.num_arrived < ticket.num_wanted:
                     break  # a gap: what lies beyond it is of no use
         return True
 
-    def leave(self, tickets: Sequence[Ticket]) -> set[BlockHash]:
-        """Give up interest; the blocks of `tickets` that the store has delivered so far."""
-        delivered: set[BlockHash] = set()
+    def leave(self, tickets: Sequence[Ticket]) -> None:
+        """Give up interest: the leases end when nobody is interested."""
         with self._changed:
             for ticket in tickets:
-                ticket.fetch.num_users -= 1
-                delivered |= ticket.fetch.read
-                self._release_unused(ticket.fetch)
-        return delivered
+                self._in_flight.give_up(ticket)
 
     def close(self) -> None:
         """Stop; whoever waits returns at once with what has arrived."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._threads.close(CLOSE_TIMEOUT_S)
+        self._reader.close()
+        self._tiers.close_threads()
         with self._changed:
-            for fetch in {id(fetch): fetch for fetch, _ in self._in_flight.values()}.values():
+            for fetch in self._in_flight.all():
                 self._finish(fetch)
 
-    def _begin(self, fetch: Fetch) -> Fetch:
-        self._in_flight.update((h, (fetch, index)) for index, h in enumerate(fetch.hashes))
-        self._threads.submit(partial(self._find, fetch))
-        return fetch
+    def _begin(self, fetch: Fetch, nearest: Tier) -> None:
+        self._in_flight.add(fetch)
+        self._submit(fetch, nearest, self._look_up)
 
-    def _is_decided(self, ticket: Ticket) -> bool:
-        fetch = ticket.fetch
-        return self._is_closed or fetch.is_done or fetch.num_arrived >= ticket.num_wanted
+    def _submit(
+        self, fetch: Fetch, tier: Tier | None, step: Callable[..., None], *args: Piece
+    ) -> bool:
+        """Have a thread of `tier` do `step(fetch, tier, *args)`; False if there is none for it.
 
-    def _find(self, fetch: Fetch) -> None:
-        num_found = 0
-        with self._guard.operation():
-            num_found = self._store.match(fetch.before + fetch.hashes) - len(fetch.before)
-            if num_found < 0:  # the beginning is not stored, the run may be all the same
-                num_found = self._store.match(fetch.hashes)
+        The lock is held.
+        """
+        if tier is None or not tier.threads.submit(partial(step, fetch, tier, *args)):
+            return False
+        fetch.jobs.append(tier)
+        return True
+
+    def _look_up(self, fetch: Fetch, tier: Tier) -> None:
+        """Ask one tier what it has of the rest of the run; begin to read that, ask the next one."""
+        num_known = fetch.num_wanted
+        num_found = tier.num_stored(fetch.chain, fetch.start + num_known)
+        following = self._tiers.behind(tier)
         with self._changed:
-            fetch.num_found = max(0, min(num_found, len(fetch.hashes)))
+            fetch.jobs.remove(tier)
+            if fetch.is_done:
+                return
+            try:
+                goes_on = self._want(fetch, tier, num_known, num_found)
+            except BaseException:  # whatever happens, nobody may wait for this fetch for ever
+                self._finish(fetch)
+                raise
+            if not (goes_on and self._submit(fetch, following, self._look_up)):
+                fetch.num_awaited = fetch.num_worth
             self._go_on(fetch)
+            self._changed.notify_all()
+
+    def _want(self, fetch: Fetch, tier: Tier, start: int, num_found: int) -> bool:
+        """Have what is worth it fetched of the blocks found; whether to look for those behind.
+
+        The lock is held; nothing here waits.
+        """
+        if fetch.is_cut_short or not num_found:
+            return not fetch.is_cut_short
+        found = TierBlocks(tier.url, num_found, tier.num_in_flight)
+        decision = fetch.limit(fetch.start + start, found)
+        fetch.num_worth = start + decision.num_blocks
+        fetch.num_wanted = min(fetch.num_worth + decision.num_probe_blocks, start + num_found)
+        fetch.sources.append((tier, start + num_found))
+        fetch.decisions.append(Decided(decision, time.monotonic(), fetch.num_worth))
+        return start + num_found == fetch.num_worth < len(fetch.hashes)
 
     def _go_on(self, fetch: Fetch) -> None:
         """Submit the next pieces, or finish when none is left; the lock is held."""
-        while (
-            fetch.num_running < self._pieces_at_once
-            and fetch.num_submitted * BLOCKS_PER_PIECE < fetch.num_found
-        ):
-            if not self._threads.submit(partial(self._read_piece, fetch, fetch.num_submitted)):
+        while not self._is_closed and len(fetch.jobs) < self._pieces_at_once:
+            following = fetch.next_piece()
+            if following is None:
                 break
-            fetch.num_submitted += 1
-            fetch.num_running += 1
-        if not fetch.num_running:
+            tier, start, end = following
+            piece = Piece(fetch.chain[: fetch.start + end], fetch.start + start, fetch.scope)
+            if not self._submit(fetch, tier, self._read_piece, piece):
+                break
+            fetch.num_submitted = end
+        if not fetch.jobs:
             self._finish(fetch)
 
-    def _read_piece(self, fetch: Fetch, piece: int) -> None:
-        start = piece * BLOCKS_PER_PIECE
-        hashes = fetch.hashes[start : min(start + BLOCKS_PER_PIECE, fetch.num_found)]
-        leases: list[HostLease] = []
-        read: tuple[BlockHash, ...] = ()
+    def _read_piece(self, fetch: Fetch, tier: Tier, piece: Piece) -> None:
+        """Read a piece from one tier; what that one cannot give after all, from the next one."""
+        lacks_more = False
         try:
-            leases.append(self._host.lease(hashes))
-            missing = hashes[len(leases[0].slots) :]
-            if missing:
-                leases.append(self._read_into_host(missing))
-                read = missing[: len(leases[1].slots)]
+            lacks_more = self._reader.read(piece, tier)
         finally:  # whatever happens, nobody may wait for this piece for ever
+            following = self._tiers.behind(tier) if lacks_more else None
             with self._changed:
-                fetch.leases += leases
-                fetch.read.update(read)
-                self._fetched_blocks += len(read)
-                num_arrived = sum(len(lease.slots) for lease in leases)
-                self._record_piece(fetch, piece, num_arrived, len(hashes))
+                fetch.jobs.remove(tier)
+                self._take_over(fetch, piece)
+                if fetch.is_done:
+                    self._in_flight.release_unused(fetch)
+                elif not self._submit(fetch, following, self._read_piece, piece):
+                    self._record_piece(fetch, piece)
 
-    def _read_into_host(self, hashes: tuple[BlockHash, ...]) -> HostLease:
-        """Reserve, read, commit what is good; as few as none when memory or blocks are missing."""
-        slots = self._host.reserve(len(hashes))
-        if not slots:
-            return self._host.commit((), ())
-        wanted, buffers = hashes[: len(slots)], [self._host.buffer(slot) for slot in slots]
-        num_good = 0
-        with self._meter.running(), self._guard.operation():
-            num_good = min(self._store.read_into(wanted, buffers), len(wanted))
-        lease = self._host.commit(slots[:num_good], wanted[:num_good])
-        self._host.cancel(slots[num_good:])
-        return lease
+    def _take_over(self, fetch: Fetch, piece: Piece) -> None:
+        """The leases and counts of what the reader has brought; the lock is held."""
+        fetch.leases += piece.leases
+        fetch.read |= piece.read
+        self._num_from_peers += piece.num_from_peers
+        piece.leases, piece.num_from_peers = [], 0
 
-    def _record_piece(self, fetch: Fetch, piece: int, num_arrived: int, num_wanted: int) -> None:
-        """Advance over pieces that are complete in order; the lock is held."""
-        fetch.num_running -= 1
-        fetch.finished_pieces[piece] = num_arrived
-        if num_arrived < num_wanted:
-            fetch.num_found = min(fetch.num_found, piece * BLOCKS_PER_PIECE + num_arrived)
-        while more := fetch.finished_pieces.pop(fetch.num_arrived // BLOCKS_PER_PIECE, 0):
-            fetch.num_arrived += more
+    def _record_piece(self, fetch: Fetch, piece: Piece) -> None:
+        """Note how a piece ended, and go on; the lock is held."""
+        start = piece.start - fetch.start
+        fetch.finished(start, start + len(piece.hashes), piece.num_here)
+        while fetch.decisions and fetch.decisions[0].end <= fetch.num_arrived:
+            decided = fetch.decisions.pop(0)
+            self._gate.saw_stage(decided.decision, time.monotonic() - decided.since_s)
         self._go_on(fetch)
         self._changed.notify_all()
 
+    def _abandon_stuck(self) -> None:
+        """End fetches that wait for tiers which hang only; the lock is held.
+
+        Their reads go on where they are, and give back what they hold when they end.
+        """
+        for fetch in self._in_flight.all():
+            if fetch.jobs and all(tier.reading.is_hanging() for tier in fetch.jobs):
+                fetch.is_abandoned = self._tiers.nearest() is not None
+                self._finish(fetch)
+
     def _finish(self, fetch: Fetch) -> None:
         """No block of this fetch is waited for any more; the lock is held."""
-        if not fetch.is_done:
-            fetch.is_done = True
-            for block_hash in fetch.hashes:
-                del self._in_flight[block_hash]
-            self._changed.notify_all()
-        self._release_unused(fetch)
-
-    def _release_unused(self, fetch: Fetch) -> None:
-        if fetch.is_done and not fetch.num_users:
-            for lease in fetch.leases:
-                self._host.release(lease)
-            fetch.leases.clear()
-
-
-class _BusyMeter:
-    """Adds up the time in which at least one of several overlapping activities ran."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._busy_s = 0.0
-        self._num_running = 0
-        self._since_s = 0.0
-
-    @property
-    def busy_s(self) -> float:
-        with self._lock:
-            return self._busy_s
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with self._lock:
-            if not self._num_running:
-                self._since_s = time.monotonic()
-            self._num_running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_running -= 1
-                if not self._num_running:
-                    self._busy_s += time.monotonic() - self._since_s
+        self._in_flight.finish(fetch)
+        self._changed.notify_all()

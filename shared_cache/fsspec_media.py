@@ -3,24 +3,29 @@
 `fs` is such a file system, made elsewhere; this module does not import fsspec. Failure prevented:
 half an upload under a good name. A buffered fsspec file that is closed after an error uploads what
 it has, so object stores get one `pipe_file` instead; other systems get a temporary name first,
-because there `pipe_file` is not atomic at all.
+because there `pipe_file` is not atomic at all. Operations that fail with what may pass are tried
+again (`Retries`); how long a single try may hang is the back end's own setting.
 """
 
 import errno
+import inspect
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from datetime import datetime
 from typing import Any
 
 from shared_cache.medium import (
     STALE_TEMPORARY_S,
+    ListedObject,
     Medium,
     Reader,
     batches,
     is_temporary,
     temporary_name,
 )
+from shared_cache.retries import Retries
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +33,20 @@ logger = logging.getLogger(__name__)
 class FsspecMedium(Medium):
     """What the fsspec media have in common."""
 
-    def __init__(self, fs: Any, folder: str) -> None:
+    def __init__(self, fs: Any, folder: str, retries: Retries | None = None) -> None:
         super().__init__(folder)
         self._fs = fs
+        self._retries = retries or Retries()
 
-    def list(self) -> Iterator[tuple[str, int]]:
+    @property
+    def num_retries(self) -> int:
+        """See `Medium.num_retries`."""
+        return self._retries.num_retries
+
+    def list(self) -> Iterator[ListedObject]:
         """See `Medium.list`."""
-        self._fs.invalidate_cache(self.folder)
         try:
-            found = self._fs.find(self.folder, detail=True)
+            found = self._retries.run(lambda _: self._find())
         except FileNotFoundError:
             return
         for path, info in found.items():
@@ -44,12 +54,17 @@ class FsspecMedium(Medium):
             if is_temporary(name):
                 self._remove_if_stale(path)
             else:
-                yield name, info.get("size") or 0
+                yield ListedObject(name, info.get("size") or 0, _used_s(info))
 
     def remove(self, name: str) -> None:
         """See `Medium.remove`."""
         with suppress(FileNotFoundError):
-            self._fs.rm_file(self.path(name))
+            self._retries.run(lambda _: self._fs.rm_file(self.path(name)))
+
+    def _find(self) -> dict[str, Any]:
+        self._fs.invalidate_cache(self.folder)
+        found: dict[str, Any] = self._fs.find(self.folder, detail=True)
+        return found
 
     def _remove_if_stale(self, path: str) -> None:
         try:
@@ -62,21 +77,36 @@ class FsspecMedium(Medium):
 class ObjectMedium(FsspecMedium):
     """A prefix of an object store, or of fsspec's memory: whole uploads, ranged downloads."""
 
+    def __init__(self, fs: Any, folder: str, retries: Retries | None = None) -> None:
+        super().__init__(fs, folder, retries)
+        upload = getattr(fs, "_pipe_file", fs.pipe_file)
+        self._can_create = "mode" in inspect.signature(upload).parameters
+
     def prepare(self) -> None:
         """Object stores have no folders."""
 
     def check_readable(self, root: str) -> None:
         """See `Medium.check_readable`; an empty prefix is as good as a full one."""
         with suppress(FileNotFoundError):
-            self._fs.cat_file(self.path("namespace.json"))
+            self._retries.run(lambda _: self._fs.cat_file(self.path("namespace.json")))
 
     def open(self, name: str) -> AbstractContextManager[Reader]:
         """See `Medium.open`."""
-        return closing(_RangeReader(self._fs, self.path(name)))
+        return closing(_RangeReader(self._fs, self.path(name), self._retries))
 
     def publish(self, name: str, parts: Sequence[memoryview], *, replace: bool = False) -> bool:
-        """See `Medium.publish`; replaces always. Makes one copy."""
-        self._fs.pipe_file(self.path(name), b"".join(parts))
+        """See `Medium.publish`. Makes one copy."""
+        path, data = self.path(name), b"".join(parts)
+        if self._can_create and not replace:
+            try:
+                self._retries.run(lambda _: self._fs.pipe_file(path, data, mode="create"))
+            except FileExistsError:
+                return False
+            except NotImplementedError:
+                self._can_create = False
+            else:
+                return True
+        self._retries.run(lambda _: self._fs.pipe_file(path, data))
         return True
 
 
@@ -85,19 +115,21 @@ class RenamingMedium(FsspecMedium):
 
     def prepare(self) -> None:
         """See `Medium.prepare`."""
-        self._fs.makedirs(self.folder, exist_ok=True)
+        self._retries.run(lambda _: self._fs.makedirs(self.folder, exist_ok=True))
 
     def check_readable(self, root: str) -> None:
         """See `Medium.check_readable`."""
-        self._fs.ls(root, detail=False)
+        self._retries.run(lambda _: self._fs.ls(root, detail=False))
 
     def open(self, name: str) -> AbstractContextManager[Reader]:
         """See `Medium.open`."""
-        return closing(_FileReader(self._fs.open(self.path(name), "rb")))
+        return closing(_FileReader(self._fs, self.path(name), self._retries))
 
     def publish(self, name: str, parts: Sequence[memoryview], *, replace: bool = False) -> bool:
         """See `Medium.publish`."""
-        path = self.path(name)
+        return self._retries.run(lambda _: self._publish(self.path(name), parts, replace))
+
+    def _publish(self, path: str, parts: Sequence[memoryview], replace: bool) -> bool:
         temporary = temporary_name(path)
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         try:
@@ -126,11 +158,15 @@ class RenamingMedium(FsspecMedium):
 class _RangeReader(Reader):
     """Ranged reads without a position: files that fsspec's memory opens share theirs."""
 
-    def __init__(self, fs: Any, path: str) -> None:
+    def __init__(self, fs: Any, path: str, retries: Retries) -> None:
         self._fs = fs
         self._path = path
+        self._retries = retries
 
     def read(self, start: int, num_bytes: int) -> bytes:
+        return self._retries.run(lambda _: self._read(start, num_bytes))
+
+    def _read(self, start: int, num_bytes: int) -> bytes:
         try:
             data: bytes = self._fs.cat_file(self._path, start=start, end=start + num_bytes)
         except OSError as error:
@@ -154,36 +190,73 @@ class _RangeReader(Reader):
 
 
 class _FileReader(Reader):
-    """Reads through an opened file, into the caller's buffers where the file can do that."""
+    """Reads through an opened file, into the caller's buffers where the file can do that.
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    After an error the file is opened anew: what is left of the old one is not known.
+    """
+
+    def __init__(self, fs: Any, path: str, retries: Retries) -> None:
+        self._fs = fs
+        self._path = path
+        self._retries = retries
+        self._file: Any = None
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        self._file.seek(start)
-        data: bytes = self._file.read(num_bytes)
-        return data
+        return self._retries.run(lambda _: self._read(start, num_bytes))
 
     def fill(self, start: int, buffers: Sequence[memoryview]) -> int:
-        self._file.seek(start)
-        num_filled = 0
-        for buffer in buffers:
-            rest = buffer.cast("B")
-            while rest.nbytes:
-                num_read = self._read_some(rest)
-                if not num_read:
-                    return num_filled
-                num_filled += num_read
-                rest = rest[num_read:]
-        return num_filled
+        return self._retries.run(lambda _: self._fill(start, buffers))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def _read_some(self, buffer: memoryview) -> int:
-        if hasattr(self._file, "readinto"):
-            num_read: int = self._file.readinto(buffer)
-            return num_read
-        data: bytes = self._file.read(buffer.nbytes)
-        buffer[: len(data)] = data
-        return len(data)
+    def _read(self, start: int, num_bytes: int) -> bytes:
+        with self._opened_at(start) as file:
+            data: bytes = file.read(num_bytes)
+            return data
+
+    def _fill(self, start: int, buffers: Sequence[memoryview]) -> int:
+        with self._opened_at(start) as file:
+            num_filled = 0
+            for buffer in buffers:
+                rest = buffer.cast("B")
+                while rest.nbytes:
+                    num_read = _read_some(file, rest)
+                    if not num_read:
+                        return num_filled
+                    num_filled += num_read
+                    rest = rest[num_read:]
+            return num_filled
+
+    @contextmanager
+    def _opened_at(self, start: int) -> Iterator[Any]:
+        try:
+            if self._file is None:
+                self._file = self._fs.open(self._path, "rb")
+            self._file.seek(start)
+            yield self._file
+        except Exception:
+            self.close()
+            raise
+
+
+def _read_some(file: Any, buffer: memoryview) -> int:
+    if hasattr(file, "readinto"):
+        num_read: int = file.readinto(buffer)
+        return num_read
+    data: bytes = file.read(buffer.nbytes)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def _used_s(info: dict[str, Any]) -> float:
+    """When a listed object was written; 0.0 where its back end does not tell."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        told = info.get(key)
+        if isinstance(told, datetime):
+            return told.timestamp()
+        if isinstance(told, (int, float)):
+            return float(told)
+    return 0.0

@@ -18,6 +18,7 @@ BlockHash = NewType("BlockHash", bytes)
 
 HASH_BYTES = 32
 _ROOT_LABEL = b"kvcommons.root.v1\0"
+_TENANT_LABEL = b"kvcommons.tenant.v1\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,13 @@ class ReuseScope:
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
         return BlockHash(digest.digest())
+
+    @property
+    def tenant(self) -> bytes:
+        """8 bytes that name who pays for the blocks: one value per `cache_salt`, empty for none."""
+        if self.cache_salt is None:
+            return b""
+        return hashlib.sha256(_TENANT_LABEL + self.cache_salt.encode()).digest()[:8]
 
 
 DEFAULT_SCOPE = ReuseScope()

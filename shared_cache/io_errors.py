@@ -8,6 +8,8 @@ a bug is never reported as a broken store.
 
 import asyncio
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +38,72 @@ _UNREACHABLE = {
     getattr(errno, "EREMOTEIO", errno.EIO),
 }
 _TIMEOUTS = (TimeoutError, asyncio.TimeoutError, ConnectionError)
+_PASSING_STATUS = {408, 429, 500, 502, 503, 504}
+_FULL_CODES = {"XMinioStorageFull", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"}
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_INSTANCE_METADATA = "169.254.169.254"
+
+
+class RequestRefusedError(OSError):
+    """A store understood a request and refuses it (wrong region, bad name); again is useless."""
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same operation may succeed when it is tried again soon."""
+    if isinstance(error, _TIMEOUTS):
+        return True
+    if type(error).__module__ == "builtins":
+        return isinstance(error, OSError) and error.errno in _UNREACHABLE
+    # What is left are our own errors, and types of the back end's library, which tell little.
+    return not isinstance(
+        error, (KvcommonsError, PermissionError, FileNotFoundError, RequestRefusedError)
+    )
+
+
+def of_object_store(error: Exception) -> Exception:
+    """The built-in exception that says what obstore's does; others as they are.
+
+    obstore has one type for all that it does not know, from a wrong region to a lost connection:
+    what it was is only in the text.
+    """
+    if not type(error).__module__.startswith("obstore"):
+        return error
+    kind = type(error).__name__
+    text = str(error).partition("\n\nDebug source")[0]
+    status = int(found[1]) if (found := _STATUS.search(text)) else None
+    code = found[1] if (found := _CODE.search(text)) else ""
+    if code in _FULL_CODES or status == 507:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), text)
+    if kind in _OF_KIND:
+        return _OF_KIND[kind](text)
+    if status == 416:
+        return OSError(errno.EINVAL, "the range begins behind the end", text)
+    if status == 501:
+        return NotImplementedError(text)
+    return _of_unknown(text, status, code)
+
+
+def _of_unknown(text: str, status: int | None, code: str) -> Exception:
+    if _INSTANCE_METADATA in text:
+        return RequestRefusedError(
+            "no credentials were given and this machine has no instance profile: set the options "
+            "`key` and `secret`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment "
+            f"({text})"
+        )
+    is_lost = (status is None and "error sending request" in text) or "body error" in text
+    if is_lost or status in _PASSING_STATUS or code == "RequestTimeout":
+        return ConnectionError(text)
+    return RequestRefusedError(text)
+
+
+_OF_KIND: dict[str, type[Exception]] = {
+    "NotFoundError": FileNotFoundError,
+    "PermissionDeniedError": PermissionError,
+    "UnauthenticatedError": PermissionError,
+    "AlreadyExistsError": FileExistsError,
+    "NotSupportedError": NotImplementedError,
+}
 
 
 @contextmanager
@@ -70,10 +138,6 @@ def _of_write(error: Exception, url: str) -> StoreError | None:
         return StoreReadOnlyError(
             f"{url} cannot be written to: give this user permission to write ({error!r})"
         )
-    if isinstance(error, FileNotFoundError):
-        return StoreUnavailableError(
-            f"the folder or bucket of {url} does not exist: create it ({error!r})"
-        )
     return None
 
 
@@ -83,6 +147,8 @@ def _of_read(error: Exception, url: str) -> StoreError | None:
             f"{url} cannot be read: give this user permission to read and list it, or check the "
             f"credentials ({error!r})"
         )
+    if isinstance(error, NotImplementedError):
+        return StoreError(f"{url} cannot do what reading it needs: use another store ({error!r})")
     return None
 
 
@@ -90,6 +156,10 @@ def _of_either(error: Exception, url: str) -> StoreError | None:
     if isinstance(error, KvcommonsError) or type(error).__module__ == "builtins":
         if isinstance(error, PermissionError) or not isinstance(error, OSError):
             return None
+        if isinstance(error, FileNotFoundError):
+            return StoreUnavailableError(
+                f"the folder or bucket of {url} does not exist: create it ({error!r})"
+            )
         if not isinstance(error, _TIMEOUTS) and error.errno not in _UNREACHABLE:
             return StoreError(f"{url} failed: {error!r}")
     # Anything else is a time-out, a lost connection, or a type of the back end's own library.

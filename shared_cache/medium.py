@@ -11,6 +11,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 BATCH_BYTES = 8 << 20
 """Most bytes of one system call or request: larger single writes were several times slower."""
@@ -58,8 +59,23 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.search(name) is not None
 
 
+class ListedObject(NamedTuple):
+    """An object as listing shows it.
+
+    `used_s`: when it was written or, where the medium can note that, read last; 0.0: not told.
+    """
+
+    name: str
+    num_bytes: int
+    used_s: float = 0.0
+
+
 class Reader(ABC):
     """One object opened for reading."""
+
+    step_bytes = BATCH_BYTES
+    """How much one `fill` is best asked for: few enough bytes to be in the CPU's cache still when
+    they are verified, or, from a distance, enough to have several requests in flight."""
 
     @abstractmethod
     def read(self, start: int, num_bytes: int) -> bytes:
@@ -68,6 +84,13 @@ class Reader(ABC):
     @abstractmethod
     def fill(self, start: int, buffers: Sequence[memoryview]) -> int:
         """Fill `buffers` one after another from `start`; how many bytes the object had."""
+
+    def is_in_memory(self, start: int, num_bytes: int) -> bool:
+        """Whether reading these bytes is mere copying, so that several threads should share it."""
+        return False
+
+    def note_use(self) -> None:  # noqa: B027 - not every medium can note it
+        """Note that the object was of use, for whoever decides what to delete."""
 
     def close(self) -> None:  # noqa: B027 - not every reader holds something
         """Give back what is held."""
@@ -81,6 +104,11 @@ class Medium(ABC):
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+
+    @property
+    def num_retries(self) -> int:
+        """How often an operation was tried again because of an error that might pass."""
+        return 0
 
     def path(self, name: str) -> str:
         """Where the object `name` lies in the file system."""
@@ -107,9 +135,13 @@ class Medium(ABC):
         """
 
     @abstractmethod
-    def list(self) -> Iterator[tuple[str, int]]:
-        """Name and size of every published object; removes stale temporaries on the way."""
+    def list(self) -> Iterator[ListedObject]:
+        """Every published object; removes stale temporaries on the way."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
         """Remove an object; one that is gone is no error."""
+
+    def recycle(self, name: str) -> None:
+        """As `remove`, for an undamaged object: its room may serve the next one."""
+        self.remove(name)

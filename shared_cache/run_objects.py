@@ -5,18 +5,30 @@ against the namespace and the name itself, and each block against its own checks
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
+from threading import Event, Lock
+from typing import Any
 
 from shared_cache import codec
+from shared_cache.checksum import checksum_of_pieces
 from shared_cache.codec import RunHead
+from shared_cache.compression import decompress
 from shared_cache.errors import BlockFormatError, CorruptBlockError
 from shared_cache.hashing import BlockHash
 from shared_cache.known_runs import Place
 from shared_cache.medium import Medium, Reader
 from shared_cache.namespace import Namespace
+from shared_cache.parallel import run_all
 
-VERIFY_BYTES = 8 << 20
-"""Read before it is verified: few enough to be in the CPU's cache still, enough for one request."""
+STEP_IN_MEMORY_BYTES = 2 << 20
+"""Copied from the page cache before it is verified: few enough to be in the CPU's cache then."""
+
+PIECE_IN_MEMORY_BYTES = 1 << 20
+"""The same, for blocks that are larger."""
 
 _OBJECT_NAME = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.arrow")
 
@@ -41,17 +53,26 @@ def read_head(medium: Medium, name: str, namespace: Namespace) -> RunHead:
 
 
 def read_blocks(
-    medium: Medium, place: Place, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
-) -> int:
-    """How many leading `hashes`, said to lie at `place`, are in `buffers` now and verified.
+    medium: Medium,
+    place: Place,
+    hashes: Sequence[BlockHash],
+    buffers: Sequence[memoryview],
+    *,
+    note_use: bool = False,
+) -> tuple[int, ...]:
+    """The checksums of the leading `hashes`, said to lie at `place`, that are in `buffers` now.
 
-    Fewer than asked for when the object is gone, cut short, damaged or another one by now.
+    They are verified. Fewer than asked for when the object is gone, cut short, damaged or another
+    one by now. There may be more buffers than hashes. `note_use`: let the medium note the use.
     """
     try:
         with medium.open(place.name) as reader:
-            return _read_verified(reader, place, hashes, buffers)
+            num_good = _read_verified(reader, place, hashes, buffers[: len(hashes)])
+            if num_good and note_use:
+                reader.note_use()
     except FileNotFoundError:
-        return 0
+        return ()
+    return place.head.checksums[place.row : place.row + num_good]
 
 
 def _read_head_once(medium: Medium, name: str, namespace: Namespace) -> RunHead:
@@ -71,15 +92,98 @@ def _read_head_once(medium: Medium, name: str, namespace: Namespace) -> RunHead:
 def _read_verified(
     reader: Reader, place: Place, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
 ) -> int:
+    """How many leading blocks are in `buffers` and verified; several steps are under way at once.
+
+    From a disk or a network only one step is read at a time, in order, while others are verified.
+    """
     block_bytes = buffers[0].nbytes
-    step = max(1, VERIFY_BYTES // block_bytes)
-    for first in range(0, len(hashes), step):
-        rows = range(first, min(first + step, len(hashes)))
-        start = place.head.payload_offset + (place.row + first) * block_bytes
-        num_bytes = reader.fill(start, [buffers[row] for row in rows])
-        for row in rows:
-            is_complete = num_bytes >= (row - first + 1) * block_bytes
-            checksum = place.head.checksums[place.row + row]
-            if not is_complete or not codec.verify(buffers[row], hashes[row], checksum):
-                return row
-    return len(hashes)
+    start, end = place.head.place_of(place.row, len(hashes), block_bytes)
+    is_in_memory = reader.is_in_memory(start, end - start)
+    step = max(1, (STEP_IN_MEMORY_BYTES if is_in_memory else reader.step_bytes) // block_bytes)
+    starts = range(0, len(hashes), step)
+    waiting, is_over = iter(starts), Event()
+    turn: AbstractContextManager[Any] = nullcontext() if is_in_memory else Lock()
+
+    def read_next() -> tuple[int, int]:
+        with turn:
+            if is_over.is_set():
+                return len(hashes), 0
+            first = next(waiting)
+            wanted = hashes[first : first + step]
+            here = replace(place, row=place.row + first)
+            verify = _fill(reader, here, wanted, buffers[first : first + step], is_in_memory)
+        num_good = verify()
+        if num_good < len(wanted):
+            is_over.set()
+        return first, num_good
+
+    num_good = 0
+    for first, num_more in sorted(run_all([read_next] * len(starts))):
+        if num_good < first:
+            break
+        num_good += num_more
+    return num_good
+
+
+def _fill(
+    reader: Reader,
+    place: Place,
+    hashes: Sequence[BlockHash],
+    buffers: Sequence[memoryview],
+    is_in_memory: bool,
+) -> Callable[[], int]:
+    """Read blocks. To be called then: verifies them; how many leading ones are good."""
+    if place.head.ends:
+        return _fill_compressed(reader, place, hashes, buffers)
+    block_bytes = buffers[0].nbytes
+    if block_bytes > STEP_IN_MEMORY_BYTES and is_in_memory:
+        return partial(_copy_large, reader, place, hashes, buffers)
+    start, _ = place.head.place_of(place.row, len(hashes), block_bytes)
+    num_complete = reader.fill(start, buffers) // block_bytes
+    checksums = place.head.checksums[place.row :]
+
+    def is_good(row: int) -> bool:
+        return row < num_complete and codec.verify(buffers[row], hashes[row], checksums[row])
+
+    return lambda: sum(takewhile(bool, map(is_good, range(len(hashes)))))
+
+
+def _copy_large(
+    reader: Reader, place: Place, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
+) -> int:
+    """Read and verify blocks from memory, each in pieces; how many leading ones are good."""
+    block_bytes = buffers[0].nbytes
+
+    def pieces(row: int) -> Iterator[memoryview]:
+        start, _ = place.head.place_of(place.row + row, 1, block_bytes)
+        for position in range(0, block_bytes, PIECE_IN_MEMORY_BYTES):
+            piece = buffers[row].cast("B")[position : position + PIECE_IN_MEMORY_BYTES]
+            if reader.fill(start + position, [piece]) < piece.nbytes:
+                return
+            yield piece
+
+    def is_good(row: int) -> bool:
+        expected = place.head.checksums[place.row + row]
+        return checksum_of_pieces(hashes[row], pieces(row)) == expected
+
+    return sum(takewhile(bool, map(is_good, range(len(hashes)))))
+
+
+def _fill_compressed(
+    reader: Reader, place: Place, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
+) -> Callable[[], int]:
+    block_bytes, head = buffers[0].nbytes, place.head
+    start, end = head.place_of(place.row, len(hashes), block_bytes)
+    stored = memoryview(bytearray(end - start))
+    num_filled = reader.fill(start, [stored])
+
+    def is_good(row: int) -> bool:
+        first, last = (bound - start for bound in head.place_of(place.row + row, 1, block_bytes))
+        return (
+            last <= num_filled
+            and decompress(stored[first:last], head.element_bytes, buffers[row])
+            and codec.verify(buffers[row], hashes[row], head.checksums[place.row + row])
+        )
+
+    jobs = [partial(is_good, row) for row in range(len(hashes))]
+    return lambda: sum(takewhile(bool, run_all(jobs)))

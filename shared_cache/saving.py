@@ -1,29 +1,26 @@
-"""Saving: blocks on their way from the host tier to the shared tier, behind the engine's back.
+"""Saving: blocks on their way from the host tier to a tier behind it, behind the engine's back.
 
 An engine that waits for a store is slower than one without a cache. So saves go through a queue
 that is bounded by bytes: when the store is slower than the engine, or dead, the newest blocks are
 dropped and counted; they stay in host memory and serve this machine as long as they live there.
-A block is offered once (what the host tier has is not saved again), so a save outlives an outage of
-the store in the queue: dropped there, the hottest prefix would never reach the other replicas.
+A save outlives an outage of the store in the queue: dropped there, the hottest prefix would reach
+the other replicas only when somebody on this machine asks for it again.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from shared_cache.errors import StoreFullError, StoreReadOnlyError, StoreUnavailableError
-from shared_cache.faults import StoreGuard
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier
-from shared_cache.store import BlockRun, BlockStore
+from shared_cache.store import BlockRun
+from shared_cache.tiers import CLOSE_TIMEOUT_S, Tier
 
 logger = logging.getLogger(__name__)
-
-CLOSE_TIMEOUT_S = 5.0
-"""How long closing waits for the store calls that are under way."""
 
 MAX_THREADS = 4
 """Enough to hide the look-up before an upload; more only take bandwidth from reading."""
@@ -36,6 +33,9 @@ MAX_SETBACKS = 5
 
 PAUSE_POLL_S = 0.25
 """How often a thread asks whether the store is usable again, while there is something to save."""
+
+Answer = Callable[[Sequence[BlockHash], bool], None]
+"""Told what became of blocks: the store has them now, or they were given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,29 +74,28 @@ class _Save:
 
 
 class SaveQueue:
-    """Writes leased host blocks to the store in the background.
+    """Writes leased host blocks to one tier in the background.
 
     Several threads write, each a run of its own, in any order: a run that is stored before the one
     in front of it is found as soon as that one is there, and never by a wrong name. Only runs with
     the same first block wait for each other, as they would replace each other in an object store.
-    The queue holds leases on at most half of the host tier, so that a dead store cannot pin it.
+    The queue holds leases on at most `max_blocks`, so that a dead store cannot pin the host tier.
+    `answer` is told what became of every block, and may take its time.
     """
 
     def __init__(
         self,
         host: HostTier,
-        store: BlockStore,
-        guard: StoreGuard,
-        max_bytes: int,
+        tier: Tier,
+        max_blocks: int,
         num_threads: int = MAX_THREADS,
+        answer: Answer | None = None,
     ) -> None:
         """Start `num_threads` threads, but at most `MAX_THREADS`."""
         self._host = host
-        self._store = store
-        self._guard = guard
-        self._max_blocks = min(
-            max_bytes // store.namespace.layout.block_bytes, max(1, host.stats().num_slots // 2)
-        )
+        self._tier = tier
+        self._max_blocks = max_blocks
+        self._answer = answer
         self._changed = threading.Condition()
         self._queue: deque[_Save] = deque()
         self._writing: set[BlockHash] = set()
@@ -117,22 +116,24 @@ class SaveQueue:
             return SaveCounts(self._num_saved, self._num_dropped, self._num_pending)
 
     def put(self, lease: HostLease, parent: BlockHash, hashes: Sequence[BlockHash]) -> None:
-        """Take over `lease` and queue its blocks; returns at once.
+        """Take over `lease`, which covers `hashes`, and queue them; waits for no store.
 
         When the queue is nearly full the leading blocks are kept: the others are no use without.
         """
         with self._changed:
             room = self._max_blocks - self._num_pending if self._accepts else 0
-            kept = tuple(hashes[: max(0, room)])
-            self._num_dropped += len(hashes) - len(kept)
-            is_whole = len(kept) == len(hashes)
+            num_kept = max(0, min(room, len(hashes)))
+            held = lease if num_kept == len(hashes) else self._host.lease_held(hashes[:num_kept])
+            kept = tuple(hashes[: len(held.slots)])
             if kept:
-                held = lease if is_whole else self._host.lease(kept)
                 self._num_pending += len(kept)
                 self._queue.append(_Save((held,), parent, kept))
                 self._changed.notify_all()
-        if not kept or not is_whole:
+            self._num_dropped += len(hashes) - len(kept)
+        if held is not lease:
             self._host.release(lease)
+        if len(kept) < len(hashes):
+            self._tell(hashes[len(kept) :], is_stored=False)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is pending; False when time ran out."""
@@ -146,7 +147,7 @@ class SaveQueue:
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
-            logger.warning("a write to the shared tier is stuck and left behind")
+            logger.warning("a write to %s is stuck and left behind", self._tier.url)
 
     def _stop(self) -> None:
         """Accept nothing from now on, and drop what is queued."""
@@ -160,7 +161,7 @@ class SaveQueue:
 
     def _work(self) -> None:
         while self._wait_for_ready():
-            if not self._guard.usable():
+            if not self._tier.writing.usable():
                 self._pause()
             elif (save := self._take()) is not None:
                 self._write(save)
@@ -197,22 +198,29 @@ class SaveQueue:
 
     def _write(self, save: _Save) -> None:
         """Write one run, and count it, queue it again, or drop it."""
-        slots = [slot for lease in save.leases for slot in lease.slots]
-        payloads = tuple(self._host.buffer(slot).toreadonly() for slot in slots)
         num_written: int | None = None
         may_pass = False
-        with self._guard.operation():
+        with self._tier.writing.operation():
             try:
-                num_written = self._store.write(BlockRun(save.parent, save.hashes, payloads))
+                num_written = self._tier.write(self._run(save))
             except (StoreUnavailableError, StoreFullError):
                 may_pass = True
                 raise
             except StoreReadOnlyError as error:
-                logger.warning("the shared tier cannot be written to, saving ends here: %s", error)
+                logger.warning("%s cannot be written to, saving ends: %s", self._tier.url, error)
                 self._stop()
                 raise
         if not self._settled(save, num_written is not None, may_pass):
             self._end(save, num_written)
+
+    def _run(self, save: _Save) -> BlockRun:
+        slots = [slot for lease in save.leases for slot in lease.slots]
+        return BlockRun(
+            save.parent,
+            save.hashes,
+            payloads=tuple(self._host.buffer(slot).toreadonly() for slot in slots),
+            checksums=tuple(self._host.checksum(slot) for slot in slots),
+        )
 
     def _settled(self, save: _Save, succeeded: bool, may_pass: bool) -> bool:
         """Note how a write ended; True when the save waits in the queue for another try.
@@ -232,6 +240,7 @@ class SaveQueue:
 
     def _end(self, save: _Save, num_written: int | None) -> None:
         """Give the leases back and count the blocks: missing before and stored now, or dropped."""
+        self._tell(save.hashes, is_stored=num_written is not None)
         for lease in save.leases:
             self._host.release(lease)
         with self._changed:
@@ -241,3 +250,7 @@ class SaveQueue:
                 self._num_saved += num_written
             self._num_pending -= len(save.hashes)
             self._changed.notify_all()
+
+    def _tell(self, hashes: Sequence[BlockHash], *, is_stored: bool) -> None:
+        if self._answer is not None:
+            self._answer(hashes, is_stored)

@@ -12,24 +12,30 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
+from shared_cache.cache_stats import CacheStats
+from shared_cache.checksum import block_checksum
 from shared_cache.config import CacheConfig
-from shared_cache.errors import ConfigError, StoreError
-from shared_cache.faults import Clock, FaultLog, StoreGuard
+from shared_cache.cost import CostGate, GateDecision
+from shared_cache.errors import CorruptBlockError
+from shared_cache.faults import Clock, FaultLog
 from shared_cache.fetching import Fetcher
-from shared_cache.hashing import BlockHash
-from shared_cache.host.interface import HostLease, HostStats, HostTier
-from shared_cache.host.local import LocalHostTier
-from shared_cache.namespace import Namespace
-from shared_cache.saving import SaveCounts, SaveQueue
+from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
+from shared_cache.host.interface import HostLease, HostTier, NewRun
+from shared_cache.pacing import BandwidthLimit, TurnBudget
+from shared_cache.pieces import BLOCKS_PER_PIECE, PieceReader
+from shared_cache.publishing import Publisher
 from shared_cache.store import BlockStore
+from shared_cache.tier_speeds import PieceRule, TierBlocks
+from shared_cache.tiers import MIN_PATIENCE_S, TieredStore
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+PEER_PATIENCE = 0.5
+"""Part of the staging deadline that a block is waited for which another process is reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,13 @@ class StagedPrefix:
     """Consecutive blocks of a request, from block `first` on, verified in host memory and leased.
 
     `fetched` holds the indices, counted from block 0, of the blocks that this request waited for
-    from the shared tier; the others were in host memory already.
+    from the tiers; the others were in host memory already.
     """
 
     lease: HostLease
-    fetched: frozenset[int]
+    fetched: frozenset[int] = frozenset()
     first: int = 0
+    scope: ReuseScope = DEFAULT_SCOPE
 
     @property
     def num_blocks(self) -> int:
@@ -55,98 +62,103 @@ class StagedPrefix:
         return self.first + self.num_blocks
 
 
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """Counters of one replica's cache since its start.
-
-    All but `host` and `pending_saves` only grow.
-    `fetch_s` are the seconds in which at least one read of the shared tier was under way.
-    `saved_blocks` were written (those that the store had already do not count), `dropped_saves` and
-    `pending_saves` are blocks too. `deadline_misses` are requests that ran out of time.
-    """
-
-    host: HostStats
-    staged_blocks: int
-    fetched_blocks: int
-    fetched_bytes: int
-    fetch_s: float
-    deadline_misses: int
-    saved_blocks: int
-    saved_bytes: int
-    dropped_saves: int
-    store_faults: int
-    pending_saves: int
-
-
 class SharedCache:
-    """One replica's view of the cache: a host tier, the shared tier behind it, and what moves.
+    """One replica's view of the cache: a host tier, the tiers behind it, and what moves.
 
-    Thread-safe. Call `close` at the end; the interpreter's exit does it for those who forget.
+    Thread-safe. `lease`, `grow`, `stage`, `stats`, `flush` and `close` may ask the owner of the
+    node's memory or wait for a tier: they are not for an event loop or an engine's step. The
+    others never wait.
+    Call `close` at the end; the interpreter's exit does it for those who forget.
     """
 
     def __init__(
         self,
         host: HostTier,
-        store: BlockStore | None,
+        stores: Sequence[BlockStore],
         config: CacheConfig,
         clock: Clock = time.monotonic,
     ) -> None:
+        """`stores` are those of `config.all_tiers`, in the same order; all are closed with this."""
         self.host = host
-        self._store = store
         self.deadline_s = config.staging_deadline_s
+        # The tier that processes share checks its blocks by itself.
+        self._verifies = config.host.verify_every_load and config.host.scope == "process"
         self._lock = threading.Lock()
-        self._staged_blocks = 0
-        self._deadline_misses = 0
+        self._is_closed = False
+        self._staged_blocks = self._peer_blocks = self._deadline_misses = self._lost_saves = 0
         self._faults = FaultLog(logger, clock)
-        self._fetcher: Fetcher | None = None
-        self._saves: SaveQueue | None = None
-        self._lost_saves = 0
-        if store is not None:
-            reads, writes = (
-                StoreGuard(f"the shared tier ({verb})", config.store_timeout_s, self._faults, clock)
-                for verb in ("reading", "writing")
-            )
-            self._fetcher = Fetcher(host, store, reads, config.io_threads)
-            if not store.read_only:
-                self._saves = SaveQueue(
-                    host, store, writes, config.save_queue_bytes, config.io_threads
-                )
+        self._tiers = TieredStore(stores, config, self._faults, clock)
+        self._tokens_per_block = stores[0].namespace.layout.tokens_per_block if stores else 1
+        rule = PieceRule(host.block_bytes, BLOCKS_PER_PIECE, config.io_threads)
+        self.gate = CostGate(self._tokens_per_block, rule, config.cost.gate)
+        self.turn_budget = TurnBudget(config.cost.max_save_share)
+        for tier in self._tiers.tiers:
+            tier.on_read = self.gate.saw_fetch
+        max_blocks = min(config.save_queue_bytes // host.block_bytes, max(1, host.num_slots // 2))
+        self._publisher = Publisher(
+            host, self._tiers, max_blocks, config.io_threads, self._faults, self.gate
+        )
+        reader = PieceReader(
+            host,
+            BandwidthLimit(config.cost.max_fetch_bytes_per_s),
+            max(MIN_PATIENCE_S, self.deadline_s) * PEER_PATIENCE,
+            self._publisher.promote,
+        )
+        self._fetcher = Fetcher(host, self._tiers, reader, config.io_threads, self.gate)
         atexit.register(self.close)
 
-    def stage(self, hashes: Sequence[BlockHash], deadline_s: float | None = None) -> StagedPrefix:
+    def stage(
+        self,
+        hashes: Sequence[BlockHash],
+        deadline_s: float | None = None,
+        scope: ReuseScope = DEFAULT_SCOPE,
+    ) -> StagedPrefix:
         """Bring the leading blocks of `hashes` into host memory and lease them: `lease`, `grow`."""
-        return self.grow(self.lease(hashes), hashes, deadline_s)
+        return self.grow(self.lease(hashes, scope=scope), hashes, deadline_s)
 
-    def lease(self, hashes: Sequence[BlockHash], first: int = 0) -> StagedPrefix:
-        """Lease what host memory holds of `hashes` from block `first` on; a look-up, never waits.
+    def lease(
+        self, hashes: Sequence[BlockHash], first: int = 0, scope: ReuseScope = DEFAULT_SCOPE
+    ) -> StagedPrefix:
+        """Lease what host memory holds of `hashes` from block `first` on; asks no store.
 
-        The blocks before `first` need not be here: the engine has them. Release with `release`.
+        `hashes` are those of a prompt in `scope`. The blocks before `first` need not be here: the
+        engine has them. Release with `release`.
         """
-        lease = self.host.lease(hashes[first:])
+        lease = self.host.lease(hashes, first)
+        staged = self._verified(StagedPrefix(lease, frozenset(), first, scope), hashes, first)
+        if staged.lease.to_store:
+            run = NewRun(_parent(hashes, first, scope), tuple(hashes[first:]), scope.tenant)
+            self._publisher.owe(staged.lease, run, first)
         with self._lock:
-            self._staged_blocks += len(lease.slots)
-        return StagedPrefix(lease, frozenset(), first)
+            self._staged_blocks += staged.num_blocks
+            self._peer_blocks += lease.num_from_peers
+        return staged
 
     def can_fetch(self, hashes: Sequence[BlockHash], start: int) -> bool:
-        """Whether blocks from `start` on could come from the shared tier; without asking it."""
-        return self._fetcher is not None and start < len(hashes)
+        """Whether blocks from `start` on could come from a tier now; without asking any."""
+        return start < len(hashes) and self._tiers.nearest() is not None
 
     def grow(
         self, staged: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float | None = None
     ) -> StagedPrefix:
-        """Fetch what `staged` lacks of `hashes` from the shared tier; takes over `staged`.
+        """Fetch what `staged` lacks of `hashes` and is worth it; takes over `staged`.
 
         Blocks the caller for at most `deadline_s` (default: the configured one); what has not
         arrived by then keeps coming in the background for a later request. Concurrent calls fetch
-        a block once. Never raises for a fault of the store. Release the result with `release`.
+        a block once. Never raises for a fault of a store. Release the result with `release`.
         """
-        if self._fetcher is None or staged.end == len(hashes):
+        if not self.can_fetch(hashes, staged.end):
             return staged
         wait_s = self.deadline_s if deadline_s is None else deadline_s
-        grown = self._fetch(self._fetcher, staged, hashes, time.monotonic() + wait_s)
+        grown = self._fetch(staged, hashes, time.monotonic() + wait_s)
         with self._lock:
             self._staged_blocks += max(0, grown.num_blocks - staged.num_blocks)
         return grown
+
+    def miss_deadline(self) -> None:
+        """Count a request whose time ran out, perhaps before it was its turn to `grow`."""
+        with self._lock:
+            self._deadline_misses += 1
 
     def release(self, staged: StagedPrefix) -> None:
         """End the lease of `stage`; a second release is a no-op."""
@@ -159,130 +171,118 @@ class SharedCache:
         `host.cancel`.
         """
         slots = self.host.reserve(num_blocks)
-        with self._lock:
-            self._lost_saves += num_blocks - len(slots)
+        self.lose(num_blocks - len(slots))
         return slots
 
-    def save(self, slots: Sequence[int], parent: BlockHash, hashes: Sequence[BlockHash]) -> None:
-        """Take reserved, written host slots: publish them and write them to the shared tier.
+    def lose(self, num_blocks: int) -> None:
+        """Count blocks that could not be saved: the engine needs their place before their turn."""
+        with self._lock:
+            self._lost_saves += num_blocks
 
-        Returns at once and never raises for a fault of the store; under pressure the write is
-        dropped and counted, the blocks stay in host memory.
+    def save(self, slots: Sequence[int], run: NewRun, first: int = 0) -> None:
+        """Take reserved slots that hold the blocks of `run`: publish them, and have them stored.
+
+        `first` is the place of the run in its prompt. Returns at once and never raises for a fault
+        of host tier or store; under pressure the write is dropped and counted, the blocks stay in
+        host memory.
         """
-        lease = self.host.commit(slots, hashes)
-        if self._saves is None:
-            self.host.release(lease)
-        else:
-            self._saves.put(lease, parent, hashes)
+        self._publisher.publish(slots, run, first)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until every queued save is written; False when time ran out."""
-        return self._saves is None or self._saves.flush(timeout_s)
+        """Wait until every save is published and written; False when time ran out."""
+        return self._publisher.flush(timeout_s)
 
     def stats(self) -> CacheStats:
-        """A snapshot; cheap."""
+        """A snapshot; may ask the owner of the node's memory."""
         host = self.host.stats()
-        fetched = self._fetcher.fetched_blocks if self._fetcher else 0
-        saves = self._saves.counts if self._saves else SaveCounts(0, 0, 0)
+        tiers = self._publisher.tier_stats()
+        saves = self._publisher.counts
         with self._lock:
             return CacheStats(
                 host=host,
                 staged_blocks=self._staged_blocks,
-                fetched_blocks=fetched,
-                fetched_bytes=fetched * host.block_bytes,
-                fetch_s=self._fetcher.busy_s if self._fetcher else 0.0,
+                fetched_blocks=sum(tier.read_blocks for tier in tiers),
+                fetched_bytes=sum(tier.read_bytes for tier in tiers),
+                fetch_s=self._tiers.read_s,
                 deadline_misses=self._deadline_misses,
                 saved_blocks=saves.saved,
-                saved_bytes=saves.saved * host.block_bytes,
+                saved_bytes=saves.saved * self.host.block_bytes,
                 dropped_saves=saves.dropped + self._lost_saves,
                 store_faults=self._faults.num_faults,
                 pending_saves=saves.pending,
+                peer_blocks=self._peer_blocks + self._fetcher.num_from_peers,
+                tiers=tiers,
+                gate=self.gate.stats() if tiers else None,
             )
 
     def close(self) -> None:
-        """Stop the threads and close the store; queued saves are dropped (call `flush` before)."""
+        """Stop threads, close tiers and host tier; queued saves are dropped: `flush` first."""
         atexit.unregister(self.close)
         with self._lock:
-            store, self._store = self._store, None
-        if self._saves is not None:
-            self._saves.close()
-        if self._fetcher is not None:
-            self._fetcher.close()
-        if store is not None:
-            store.close()
+            was_closed, self._is_closed = self._is_closed, True
+        if was_closed:
+            return
+        self._publisher.close()
+        self._fetcher.close()
+        self._tiers.close_stores()
+        self.host.close()
 
     def _fetch(
-        self, fetcher: Fetcher, held: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float
+        self, held: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float
     ) -> StagedPrefix:
         """Fetch what `held` lacks; one lease over all that is there in the end, and what came.
 
         The new lease is taken before the old ones end, so nothing is evicted in between.
         """
-        tickets = fetcher.join(hashes, held.end)
-        is_decided = fetcher.wait(tickets, deadline_s)
-        lease = self.host.lease(hashes[held.first :])
-        delivered = fetcher.leave(tickets)
+        limit = partial(self._worth_fetching, len(hashes), deadline_s)
+        with self._fetcher.fetched(hashes, held.end, held.scope, deadline_s, limit) as got:
+            lease = self.host.lease_held(hashes[held.first :])
+            delivered = got.delivered
         self.host.release(held.lease)
-        if not is_decided:
-            with self._lock:
-                self._deadline_misses += 1
-        waited_for = range(held.end, held.first + len(lease.slots))
-        fetched = frozenset(i for i in waited_for if hashes[i] in delivered)
-        return StagedPrefix(lease, fetched, held.first)
+        if not got.is_decided:
+            self.miss_deadline()
+        grown = self._verified(replace(held, lease=lease), hashes, held.end)
+        fetched = frozenset(i for i in range(held.end, grown.end) if hashes[i] in delivered)
+        return replace(grown, fetched=fetched)
 
-
-def open_cache(config: CacheConfig, namespace: Namespace) -> SharedCache:
-    """The cache that `config` describes, for one replica.
-
-    Raises `ConfigError` when the store's URL or options are wrong, or the store cannot be reached
-    or is not a place to write to (the text says how to mend it). A store that may only be read
-    is used for reading, with a warning.
-    """
-    host = LocalHostTier(config.host_bytes, namespace.layout.block_bytes)
-    store = None if config.store is None else _open_store(config.store, namespace, config)
-    if store is not None and store.read_only:
-        logger.warning(
-            "cache.store %s may only be read: new blocks stay on this machine", config.store
+    def _worth_fetching(
+        self, num_blocks: int, deadline_s: float, num_present: int, found: TierBlocks
+    ) -> GateDecision:
+        """How many of the blocks that a tier has are to be fetched; the rest is computed."""
+        return self.gate.blocks_to_load(
+            num_present,
+            [found],
+            num_blocks * self._tokens_per_block + 1,
+            deadline_s=max(0.0, deadline_s - time.monotonic()),
         )
-    return SharedCache(host, store, config)
+
+    def _verified(
+        self, staged: StagedPrefix, hashes: Sequence[BlockHash], start: int
+    ) -> StagedPrefix:
+        """`staged` up to the first block from `start` on that is damaged, where that is checked."""
+        if not self._verifies:
+            return staged
+        index = _first_damaged(self.host, staged, hashes, start)
+        if index is None:
+            return staged
+        damage = CorruptBlockError(f"block {hashes[index].hex()} is damaged")
+        self._faults.record("the host tier", damage)
+        good = self.host.lease_held(hashes[staged.first : index])
+        self.host.release(staged.lease)
+        self.host.drop([hashes[index]])
+        return replace(staged, lease=good)
 
 
-def _open_store(url: str, namespace: Namespace, config: CacheConfig) -> BlockStore:
-    # Imported here so that a cache without a shared tier does not load fsspec.
-    from shared_cache.fs_store import open_store
-
-    try:
-        return _within(
-            config.store_timeout_s, lambda: open_store(url, namespace, config.store_options)
-        )
-    except TimeoutError as error:
-        raise ConfigError(
-            f"cache.store {url} did not answer within {config.store_timeout_s:g} s; check the "
-            "address and the network, raise cache.store_timeout_s, or set cache.store to null"
-        ) from error
-    except StoreError as error:
-        raise ConfigError(
-            f"cache.store {url} cannot be used: {error}; mend it, or set cache.store to null to "
-            "share nothing beyond this replica"
-        ) from error
+def _first_damaged(
+    host: HostTier, staged: StagedPrefix, hashes: Sequence[BlockHash], start: int
+) -> int | None:
+    """The first staged block from `start` on whose bytes are not those that were published."""
+    for index in range(start, staged.end):
+        slot = staged.lease.slots[index - staged.first]
+        if block_checksum(hashes[index], host.buffer(slot)) != host.checksum(slot):
+            return index
+    return None
 
 
-def _within(timeout_s: float, call: Callable[[], T]) -> T:
-    """The result of `call`; `TimeoutError` when it takes longer, and it is left behind."""
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="kvcommons-open", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    if errors:
-        raise errors[0]
-    return results[0]
+def _parent(hashes: Sequence[BlockHash], first: int, scope: ReuseScope) -> BlockHash:
+    return hashes[first - 1] if first else scope.root_hash()

@@ -10,7 +10,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
 from shared_cache.namespace import Namespace
 
@@ -21,31 +23,54 @@ class BlockRun:
 
     `parent` is the hash before the first block, so `hashes[i]`'s parent is `hashes[i - 1]`.
     Each payload is one block, exactly `namespace.layout.block_bytes` long and contiguous; stores
-    read the buffers and never keep them.
+    read the buffers and never keep them. `checksums` (`block_checksum`, one for each block) spare
+    the store to compute them; empty: it does.
     """
 
     parent: BlockHash
     hashes: tuple[BlockHash, ...]
     payloads: tuple[memoryview, ...]
+    checksums: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.hashes) != len(self.payloads):
             raise ValueError(f"{len(self.hashes)} hashes but {len(self.payloads)} payloads")
+        if self.checksums and len(self.checksums) != len(self.hashes):
+            raise ValueError(f"{len(self.hashes)} hashes but {len(self.checksums)} checksums")
 
     def tail(self, start: int) -> "BlockRun":
         """This run without its first `start` blocks."""
         parent = self.hashes[start - 1] if start else self.parent
-        return BlockRun(parent, self.hashes[start:], self.payloads[start:])
+        return BlockRun(parent, self.hashes[start:], self.payloads[start:], self.checksums[start:])
+
+    def split(self, max_blocks: int) -> "list[BlockRun]":
+        """This run in order, in as few parts of at most `max_blocks` as will do, nearly equal."""
+        num_parts = -(-len(self.hashes) // max_blocks) or 1
+        bounds = [index * len(self.hashes) // num_parts for index in range(num_parts + 1)]
+        return [
+            BlockRun(
+                self.hashes[start - 1] if start else self.parent,
+                self.hashes[start:stop],
+                self.payloads[start:stop],
+                self.checksums[start:stop],
+            )
+            for start, stop in pairwise(bounds)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRun:
-    """One stored object as listing shows it; `num_bytes` is its size in the store."""
+    """One stored object as listing shows it; `num_bytes` is its size in the store.
+
+    `used_s` is when it was written or, where the medium can note that, read last (seconds since the
+    epoch; 0.0 where it tells no time).
+    """
 
     name: str
     parent: BlockHash
     hashes: tuple[BlockHash, ...]
     num_bytes: int
+    used_s: float = 0.0
 
 
 class BlockStore(ABC):
@@ -72,11 +97,13 @@ class BlockStore(ABC):
         """
 
     @abstractmethod
-    def read_into(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> int:
-        """Fill `buffers[i]` with block `hashes[i]`, checksums verified; the number of leading ones.
+    def read_into(
+        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
+    ) -> tuple[int, ...]:
+        """Fill `buffers[i]` with block `hashes[i]`; the verified checksums of the leading ones.
 
-        Buffers beyond the returned count hold undefined bytes. Each buffer is writable,
-        contiguous and `block_bytes` long; else `ValueError`.
+        As many blocks as there are checksums are good; the other buffers hold undefined bytes.
+        Each buffer is writable, contiguous and `block_bytes` long; else `ValueError`.
         """
 
     @abstractmethod
@@ -94,6 +121,22 @@ class BlockStore(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove one object by its name as `entries` gave it; one that is gone is no error."""
+
+    def refresh(self) -> int:
+        """Look up, by listing, where blocks lie; how many blocks are known to be stored then.
+
+        A store that finds runs only by where they begin finds their inner blocks too afterwards.
+        Bounded, but slow: meant for the background. Raises `StoreError`.
+        """
+        return 0
+
+    def learn(  # noqa: B027 - most stores need no hints
+        self, first_hash: BlockHash, hashes: Sequence[BlockHash]
+    ) -> None:
+        """Take a hint from another process: blocks `hashes` lie in the run begun by `first_hash`.
+
+        Moves no bytes. A wrong hint does no harm.
+        """
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing that needs closing
         """Give back threads and connections; the store is not used afterwards."""
@@ -125,16 +168,20 @@ class MemoryBlockStore(BlockStore):
         with self._lock:
             return next((i for i, h in enumerate(hashes) if h not in self._blocks), len(hashes))
 
-    def read_into(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
+    ) -> tuple[int, ...]:
         """See `BlockStore.read_into`."""
         self.check_buffers(hashes, buffers, writable=True)
-        for index, (block_hash, buffer) in enumerate(zip(hashes, buffers, strict=True)):
+        checksums = []
+        for block_hash, buffer in zip(hashes, buffers, strict=True):
             with self._lock:
                 entry = self._blocks.get(block_hash)
             if entry is None:
-                return index
+                break
             buffer.cast("B")[:] = entry[1]
-        return len(hashes)
+            checksums.append(block_checksum(block_hash, buffer))
+        return tuple(checksums)
 
     def write(self, run: BlockRun) -> int:
         """See `BlockStore.write`."""
@@ -145,6 +192,11 @@ class MemoryBlockStore(BlockStore):
             for parent, block_hash, payload in zip(parents, run.hashes, run.payloads, strict=False):
                 self._blocks.setdefault(block_hash, (parent, bytes(payload)))
             return len(self._blocks) - before
+
+    def refresh(self) -> int:
+        """See `BlockStore.refresh`; every block is known at all times."""
+        with self._lock:
+            return len(self._blocks)
 
     def entries(self) -> Iterator[StoredRun]:
         """See `BlockStore.entries`; every block is a run of its own."""

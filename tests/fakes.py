@@ -13,11 +13,12 @@ from typing import Any
 
 from actors.config import ReplicaConfig
 from actors.engine import EngineStats, GenerationRequest, KvCacheStats, Receipt, TokenChunk
+from shared_cache.cache_stats import CacheStats
 from shared_cache.errors import RequestError
-from shared_cache.hashing import BlockHash
+from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
 from shared_cache.host.interface import HostLease, HostStats
 from shared_cache.namespace import BlockLayout, Namespace
-from shared_cache.staging import CacheStats, StagedPrefix
+from shared_cache.staging import StagedPrefix
 
 FAKE_TEXT = "Grüße, 日本 🙂! " * 20
 TOKENS_PER_BLOCK = 4
@@ -149,11 +150,10 @@ class FakeEngine:
 class FakeHost:
     """Has the blocks at the indices below `num_present`, counted from where it is asked."""
 
+    num_slots = 100
+
     def __init__(self) -> None:
         self.num_present = 0
-
-    def match(self, hashes: Sequence[BlockHash]) -> int:
-        return min(self.num_present, len(hashes))
 
     def stats(self) -> HostStats:
         return HostStats(100, 100, 0, 0, 0, 0, LAYOUT.block_bytes)
@@ -170,6 +170,9 @@ class FakeCache:
         self.fetched = fetched
         self.stage_s = stage_s
         self.deadline_s = 10.0
+        self.is_store_usable = True
+        self.num_deadline_misses = 0
+        self.scopes: list[ReuseScope] = []
         self.staged: list[Sequence[BlockHash]] = []
         self.given_s: list[float] = []
         self.leased: set[int] = set()
@@ -177,11 +180,17 @@ class FakeCache:
         self.flush_timeout_s = 0.0
         self._lease_ids = itertools.count()
 
-    def lease(self, hashes: Sequence[BlockHash], first: int = 0) -> StagedPrefix:
-        return self._lease(hashes, first, first + self.host.match(hashes[first:]))
+    def lease(
+        self,
+        hashes: Sequence[BlockHash],
+        first: int = 0,
+        scope: ReuseScope = DEFAULT_SCOPE,
+    ) -> StagedPrefix:
+        self.scopes.append(scope)
+        return self._lease(hashes, first, min(first + self.host.num_present, len(hashes)))
 
     def can_fetch(self, hashes: Sequence[BlockHash], start: int) -> bool:
-        return start < len(hashes)
+        return self.is_store_usable and start < len(hashes)
 
     def grow(
         self, staged: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float | None = None
@@ -198,6 +207,9 @@ class FakeCache:
         if lease.slots:
             self.leased.add(lease.lease_id)
         return StagedPrefix(lease, self.fetched, first)
+
+    def miss_deadline(self) -> None:
+        self.num_deadline_misses += 1
 
     def release(self, staged: StagedPrefix) -> None:
         self.leased.discard(staged.lease.lease_id)

@@ -19,9 +19,10 @@ from cluster.demo.chaos import KillOnce
 from cluster.demo.conversations import hold_conversations
 from cluster.demo.library import load_documents
 from cluster.demo.report import draw_load_chart
-from cluster.demo.scenario import Demo
+from cluster.demo.scenario import Demo, Serving
 from cluster.demo.setups import fresh_cache, kv_cache_bytes, setup
 from cluster.demo.traffic import ClientScript, num_requests, plan_traffic
+from shared_cache.errors import KvcommonsError
 
 REPLICAS = 2
 LABELS = {
@@ -39,13 +40,17 @@ TIERS = ("device", "host", "shared", "computed")
 
 @dataclass(frozen=True, slots=True)
 class ModeFigures:
-    """One run of the traffic; times at the caller, tokens from the receipts."""
+    """One run of the traffic; times at the caller, tokens from the receipts.
+
+    `blocks_from_peers` were loaded from host memory where another replica had put them.
+    """
 
     ttft_p50_s: float
     ttft_p99_s: float
     tokens_per_s: float
     prefill_tokens_computed: int
     tokens_from: dict[str, int]
+    blocks_from_peers: int
     num_requests: int
     num_failovers: int
     wall_s: float
@@ -156,10 +161,20 @@ async def _run(
         with demo.screen.progress(LABELS[mode], total) as advance:
             answers = await hold_conversations(demo, asks, scripts, advance)
         wall_s = time.perf_counter() - started_s
+        peer_blocks = await _blocks_from_peers(serving)
     killed = killer.killed if killer else None
     if killed:
         demo.screen.detail(f"{killed} was killed with SIGKILL while it was answering", "yellow")
-    return _Run(answers, total - len(answers), wall_s, killed)
+    return _Run(answers, total - len(answers), wall_s, killed, peer_blocks)
+
+
+async def _blocks_from_peers(serving: Serving) -> int:
+    """What the replicas that answer have counted; one that was killed may still be starting."""
+    try:
+        stats = await serving.stats()
+    except KvcommonsError:
+        return 0
+    return sum(one.cache.peer_blocks for one in stats if one.cache is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +183,7 @@ class _Run:
     num_lost: int
     wall_s: float
     killed: str | None
+    peer_blocks: int
 
     def figures(self) -> ModeFigures:
         answers = list(self.answers.values())
@@ -179,6 +195,7 @@ class _Run:
             tokens_per_s=sum(len(answer.token_ids) for answer in answers) / self.wall_s,
             prefill_tokens_computed=tiers["computed"],
             tokens_from=tiers,
+            blocks_from_peers=self.peer_blocks,
             num_requests=len(answers),
             num_failovers=sum(answer.num_failovers for answer in answers),
             wall_s=self.wall_s,
@@ -220,7 +237,10 @@ def _print_result(demo: Demo, result: LoadResult) -> None:
     columns = ("Mode", "TTFT p50", "p99", "tokens/s", "computed", "device", "host", "shared")
     title = "Time to first token, output tokens/s, and where the prompt tokens came from"
     demo.screen.table(title, columns, rows)
-    demo.screen.note(f"The chart is in {result.chart}")
+    demo.screen.note(
+        f"{result.modes['shared'].blocks_from_peers} blocks came from host memory where the other "
+        f"replica had put them. The chart is in {result.chart}"
+    )
     local, shared = (result.modes[name].prefill_tokens_computed for name in ("local", "shared"))
     good = not result.failures()
     success = f"with sharing {shared / local:.2f} of the prompt tokens were computed"

@@ -14,7 +14,7 @@ from pydantic import ByteSize
 
 from actors.config import EngineConfig, ModelSource
 from cluster.config import ClusterConfig
-from shared_cache.config import CacheConfig
+from shared_cache.config import DEFAULT_ARENA, CacheConfig
 from shared_cache.namespace import DTYPE_BYTES
 
 Changes = Mapping[str, Any]
@@ -25,10 +25,12 @@ def setup(config: ClusterConfig, what: str, replicas: int, **changes: Any) -> Cl
 
     Nested mappings change only the settings that they name.
     """
-    values = config.model_dump()
+    values = _merged(config.model_dump(), changes)
     values["name"] = f"demo-{what}-{uuid.uuid4().hex[:6]}"
     values["replicas"] = replicas
-    return ClusterConfig.model_validate(_merged(values, changes))
+    if values["cache"]:  # its own arena, not that of a cluster that serves
+        values["cache"]["host"]["name"] = DEFAULT_ARENA
+    return ClusterConfig.model_validate(values)
 
 
 def _merged(values: Changes, changes: Changes) -> dict[str, Any]:
@@ -68,11 +70,12 @@ def fresh_cache(config: ClusterConfig, store: Path, reserve_bytes: int) -> Cache
     room is right for a server and confusing in a demonstration.
     """
     base = config.cache or CacheConfig()
+    host = {"bytes": ByteSize(max(base.host.bytes, reserve_bytes))}
     return base.model_copy(
         update={
             "store": f"file://{store}",
-            "store_options": {},
-            "host_bytes": ByteSize(max(base.host_bytes, reserve_bytes)),
+            "tiers": (),
+            "host": base.host.model_copy(update=host),
             "save_queue_bytes": ByteSize(max(base.save_queue_bytes, reserve_bytes)),
         }
     )

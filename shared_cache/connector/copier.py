@@ -7,16 +7,30 @@ before it returns; the CUDA copier orders its copies with the engine's streams a
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from shared_cache.checksum import block_checksum
+from shared_cache.hashing import BlockHash
+
 logger = logging.getLogger(__name__)
+
+_FOR_ALL_DEVICES = 1
+"""cudaHostRegisterPortable: threads that register may have another current device."""
 
 BlockCopy = tuple[memoryview, int]
 """One host slot's bytes and the device block that belongs to it."""
+
+BlockSave = tuple[memoryview, int, BlockHash]
+"""The same for a block to save, with its name."""
+
+OnDone = Callable[[float, Sequence[int]], None]
+"""Called when blocks are saved, with the seconds of copying and the blocks' checksums."""
 
 
 class BlockCopier(Protocol):
@@ -25,8 +39,11 @@ class BlockCopier(Protocol):
     def load(self, copies: Sequence[BlockCopy], stream: Any) -> None:
         """Copy host -> device, done before anything that is enqueued on `stream` afterwards."""
 
-    def save(self, copies: Sequence[BlockCopy], stream: Any, on_done: Callable[[], None]) -> None:
+    def save(self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone) -> None:
         """Copy device -> host after what is enqueued on `stream`; then call `on_done` once."""
+
+    def prepare(self, memory: memoryview) -> None:
+        """Make copies from and to this host memory fast; not called in the step."""
 
     def close(self) -> None:
         """Wait until every save's `on_done` has returned, then let go of the pool."""
@@ -52,11 +69,18 @@ class CpuCopier:
         for buffer, block in copies:
             np.copyto(self._rows[block], np.frombuffer(buffer, np.uint8))
 
-    def save(self, copies: Sequence[BlockCopy], stream: Any, on_done: Callable[[], None]) -> None:
-        """See `BlockCopier.save`."""
-        for buffer, block in copies:
-            np.copyto(np.frombuffer(buffer, np.uint8), self._rows[block])
-        on_done()
+    def save(self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone) -> None:
+        """See `BlockCopier.save`; checksums are made while a block is in the CPU's cache."""
+        start_s = time.perf_counter()
+        checksums = []
+        for buffer, block, name in copies:
+            row = self._rows[block]
+            np.copyto(np.frombuffer(buffer, np.uint8), row)
+            checksums.append(block_checksum(name, memoryview(row)))
+        on_done(time.perf_counter() - start_s, checksums)
+
+    def prepare(self, memory: memoryview) -> None:
+        """See `BlockCopier.prepare`: memory is memory to a CPU."""
 
     def close(self) -> None:
         """See `BlockCopier.close`."""
@@ -65,8 +89,8 @@ class CpuCopier:
 class CudaCopier:
     """Asynchronous copies on side streams.
 
-    Host memory that is not pinned works too, several times slower: the driver then copies on the
-    calling thread.
+    Host memory that was not prepared works too, several times slower: the driver then copies on
+    the calling thread.
 
     Loads wait for the work before them on the engine's stream (their blocks may still be read by
     the previous pass), and the engine's next work waits for them. Saves wait for the forward pass;
@@ -79,8 +103,8 @@ class CudaCopier:
         self._load_stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._save_stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._last_save: torch.cuda.Event | None = None
-        self._saves: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[], None]] | None]
-        self._saves = queue.SimpleQueue()
+        self._registered: list[int] = []
+        self._saves: queue.SimpleQueue[_RunningSave | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._finish, name="kvcommons-copied", daemon=True)
         self._thread.start()
 
@@ -97,27 +121,62 @@ class CudaCopier:
                     self._pool[block].copy_(host, non_blocking=True)
             stream.wait_stream(self._load_stream)
 
-    def save(self, copies: Sequence[BlockCopy], stream: Any, on_done: Callable[[], None]) -> None:
+    def save(self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone) -> None:
         """See `BlockCopier.save`."""
         self._save_stream.wait_stream(stream)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._save_stream):
-            for buffer, block in copies:
+            start.record(self._save_stream)
+            for buffer, block, _ in copies:
                 host = torch.frombuffer(buffer, dtype=torch.uint8)
                 host.copy_(self._pool[block], non_blocking=True)
-            self._last_save = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._last_save.record(self._save_stream)
-        self._saves.put((self._last_save, on_done))
+            end.record(self._save_stream)
+        self._last_save = end
+        self._saves.put(_RunningSave(start, end, copies, on_done))
+
+    def prepare(self, memory: memoryview) -> None:
+        """See `BlockCopier.prepare`: pins it, so that the device copies by itself.
+
+        Raises `RuntimeError` when the driver refuses.
+        """
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        error = _cuda_runtime().cudaHostRegister(address, memory.nbytes, _FOR_ALL_DEVICES)
+        if int(error) != 0:
+            raise RuntimeError(
+                f"the driver does not pin {memory.nbytes} bytes of the host tier (CUDA error "
+                f"{int(error)}): loads and saves are slower; raise the limit of locked memory"
+            )
+        self._registered.append(address)
 
     def close(self) -> None:
         """See `BlockCopier.close`."""
         self._saves.put(None)
         self._thread.join()
+        torch.cuda.synchronize(self._pool.device)
+        while self._registered:
+            _cuda_runtime().cudaHostUnregister(self._registered.pop())
 
     def _finish(self) -> None:
         while (save := self._saves.get()) is not None:
-            event, on_done = save
-            try:
-                event.synchronize()
-                on_done()
-            except Exception:
-                logger.exception("a save from the device failed")
+            save.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _RunningSave:
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+    copies: Sequence[BlockSave]
+    on_done: OnDone
+
+    def finish(self) -> None:
+        """Wait for the copies, then report them; an error is logged, as the engine goes on."""
+        try:
+            self.end.synchronize()
+            checksums = [block_checksum(name, buffer) for buffer, _, name in self.copies]
+            self.on_done(self.start.elapsed_time(self.end) / 1000, checksums)
+        except Exception:
+            logger.exception("a save from the device failed")
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shared_cache.hashing import HASH_BYTES, BlockHash, BlockHashChain
+from shared_cache.connector.transfers import SaveRun
+from shared_cache.hashing import BlockHashChain
 from shared_cache.host.interface import HostLease
 
 TURNS_UNTIL_COPIED = 2
@@ -35,56 +36,22 @@ class ReportedRequest(Protocol):
     num_scheduled_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class SaveRun:
-    """Consecutive blocks of one request to copy out of the engine's pool, packed for the wire."""
-
-    parent: BlockHash
-    packed_hashes: bytes
-    packed_blocks: bytes
-
-    @property
-    def hashes(self) -> tuple[BlockHash, ...]:
-        """The blocks' hashes, first block first."""
-        packed = self.packed_hashes
-        return tuple(
-            BlockHash(packed[start : start + HASH_BYTES])
-            for start in range(0, len(packed), HASH_BYTES)
-        )
-
-    @property
-    def device_blocks(self) -> Sequence[int]:
-        """The pool's block ids, in the order of `hashes`."""
-        return _unpack(self.packed_blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class TransferPlan:
-    """What the workers are to copy in one turn. Picklable and small: it is broadcast every turn."""
-
-    packed_loads: bytes = b""
-    saves: tuple[SaveRun, ...] = ()
-
-    @property
-    def loads(self) -> Sequence[tuple[int, int]]:
-        """Pairs (host slot, device block) to copy before the forward pass."""
-        numbers = _unpack(self.packed_loads)
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
 @dataclass(slots=True)
 class _Request:
     """One request: what the device had, what we promised beyond it, and how far it is saved.
 
     `lease` covers the promised blocks, first slot first, until the turn that loads them. Blocks
-    before `next_save` are saved, or need not be.
+    before `next_save` are saved, or need not be; those from there to `num_savable` wait for it.
     """
 
     chain: BlockHashChain
+    tenant: bytes
+    num_prompt_tokens: int
     num_device_tokens: int
     num_promised_tokens: int
     lease: HostLease | None
     next_save: int
+    num_savable: int
     seen_turn: int
     seen_s: float
     is_reported: bool = False
@@ -112,12 +79,18 @@ class RequestLedger:
         self._requests: dict[int, _Request] = {}
         self._load_leases: list[_LoadLease] = []
         self._released: list[HostLease] = []
+        self._num_lost = 0
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def matched(
-        self, request_id: int, chain: BlockHashChain, num_device_tokens: int, lease: HostLease
+        self,
+        request_id: int,
+        chain: BlockHashChain,
+        num_device_tokens: int,
+        lease: HostLease,
+        tenant: bytes = b"",
     ) -> int:
         """How many tokens to promise, given what the device has and `lease` holds in host memory.
 
@@ -137,13 +110,16 @@ class RequestLedger:
             self._released.append(lease)
         # An unaligned device match leaves a block whose head was reused and whose tail is computed
         # now. It is valid as a whole after this pass and saved: a hole would orphan what follows.
-        first_computed = (num_device_tokens + promised) // size
+        next_save = max((num_device_tokens + promised) // size, host_end)
         self._requests[request_id] = _Request(
             chain=chain,
+            tenant=tenant,
+            num_prompt_tokens=chain.num_tokens,
             num_device_tokens=num_device_tokens,
             num_promised_tokens=promised,
             lease=lease if promised else None,
-            next_save=max(first_computed, host_end),
+            next_save=next_save,
+            num_savable=next_save,
             seen_turn=self._turn,
             seen_s=self._clock(),
         )
@@ -166,15 +142,32 @@ class RequestLedger:
                     pairs.extend(pair)
         return pairs.tobytes()
 
+    def is_decoding(self, cached_requests: Sequence[ReportedRequest]) -> bool:
+        """Whether this turn computes any request's tokens behind its prompt."""
+        return any(
+            request is not None and report.computed_position >= request.num_prompt_tokens
+            for report in cached_requests
+            for request in (self._requests.get(report.request_id),)
+        )
+
     def take_saves(
-        self, new_requests: Sequence[ReportedRequest], cached_requests: Sequence[ReportedRequest]
+        self,
+        new_requests: Sequence[ReportedRequest],
+        cached_requests: Sequence[ReportedRequest],
+        max_blocks: int | None = None,
     ) -> tuple[SaveRun, ...]:
-        """The blocks that this turn's forward pass completes; call it once, after `begin_turn`."""
+        """The blocks that this turn's forward pass completes; call it once, after `begin_turn`.
+
+        Blocks beyond `max_blocks` wait for a later turn of their request.
+        """
         runs = []
         for is_new, reports in ((True, new_requests), (False, cached_requests)):
             for report in reports:
-                run = self._take_save(report, is_new)
-                runs += [run] if run else []
+                run = self._take_save(report, is_new, max_blocks)
+                if run is not None:
+                    runs.append(run)
+                    if max_blocks is not None:
+                        max_blocks -= len(run.device_blocks)
         return tuple(runs)
 
     def forget(self, request_id: int) -> None:
@@ -183,14 +176,21 @@ class RequestLedger:
         The lease of a load of an earlier turn ends now: the engine has seen that turn's result.
         """
         request = self._requests.pop(request_id, None)
-        if request is not None and request.lease is not None:
-            self._released.append(request.lease)
+        if request is not None:
+            self._num_lost += request.num_savable - request.next_save
+            if request.lease is not None:
+                self._released.append(request.lease)
         self._end_loads(request_id)
 
     def take_released(self) -> list[HostLease]:
         """The leases to release, each given out once."""
         released, self._released = self._released, []
         return released
+
+    def take_lost(self) -> int:
+        """How many blocks were never saved because their request ended first, each told once."""
+        num_lost, self._num_lost = self._num_lost, 0
+        return num_lost
 
     def _load(
         self, report: ReportedRequest, request: _Request, lease: HostLease
@@ -208,7 +208,9 @@ class RequestLedger:
         device_blocks = report.new_block_ids[blocks.start : blocks.stop]
         return zip(lease.slots, device_blocks, strict=False)  # the lease may hold one block more
 
-    def _take_save(self, report: ReportedRequest, is_new: bool) -> SaveRun | None:
+    def _take_save(
+        self, report: ReportedRequest, is_new: bool, max_blocks: int | None
+    ) -> SaveRun | None:
         request = self._requests.get(report.request_id)
         if request is None:
             return None
@@ -220,7 +222,10 @@ class RequestLedger:
         request.block_ids += report.new_block_ids
         num_known_tokens = request.chain.num_tokens if is_new else 0
         request.chain.extend(report.new_tokens[num_known_tokens:])
-        return self._save(request, self._num_valid_tokens(request, report, is_new))
+        num_valid_blocks = self._num_valid_tokens(request, report, is_new) // self._tokens_per_block
+        num_savable = min(num_valid_blocks, len(request.chain.hashes), len(request.block_ids))
+        request.num_savable = max(request.num_savable, num_savable)
+        return self._save(request, max_blocks)
 
     def _num_valid_tokens(self, request: _Request, report: ReportedRequest, is_new: bool) -> int:
         """Tokens whose KV is valid after this turn's forward pass.
@@ -232,17 +237,19 @@ class RequestLedger:
             valid_before = request.num_device_tokens + request.num_promised_tokens
         return valid_before + report.num_scheduled_tokens
 
-    def _save(self, request: _Request, num_valid_tokens: int) -> SaveRun | None:
-        start, hashes = request.next_save, request.chain.hashes
-        num_valid_blocks = num_valid_tokens // self._tokens_per_block
-        stop = min(num_valid_blocks, len(hashes), len(request.block_ids))
+    def _save(self, request: _Request, max_blocks: int | None) -> SaveRun | None:
+        start, stop = request.next_save, request.num_savable
+        if max_blocks is not None:
+            stop = min(stop, start + max_blocks)
         if stop <= start:
             return None
         request.next_save = stop
         return SaveRun(
             parent=request.chain.parent_of(start),
-            packed_hashes=b"".join(hashes[start:stop]),
+            packed_hashes=b"".join(request.chain.hashes[start:stop]),
             packed_blocks=array("I", request.block_ids[start:stop]).tobytes(),
+            tenant=request.tenant,
+            first=start,
         )
 
     def _end_loads(self, request_id: int | None = None) -> None:
@@ -261,9 +268,3 @@ class RequestLedger:
         for request_id, request in list(self._requests.items()):
             if request.seen_turn <= before_turn and request.seen_s <= before_s:
                 self.forget(request_id)
-
-
-def _unpack(packed: bytes) -> Sequence[int]:
-    numbers = array("I")
-    numbers.frombytes(packed)
-    return numbers

@@ -10,7 +10,8 @@ import logging
 import time
 
 from shared_cache.connector.interface import ConnectorRequest, SchedulerOutput
-from shared_cache.connector.plan import RequestLedger, SaveRun, TransferPlan
+from shared_cache.connector.plan import RequestLedger
+from shared_cache.connector.transfers import SaveRun, TransferPlan
 from shared_cache.faults import Clock, FaultLog
 from shared_cache.hashing import BlockHashChain, ReuseScope
 from shared_cache.staging import SharedCache
@@ -40,7 +41,7 @@ class SharedCacheScheduler:
     def __init__(
         self, cache: SharedCache, tokens_per_block: int, clock: Clock = time.monotonic
     ) -> None:
-        self._host = cache.host
+        self._cache = cache
         self._tokens_per_block = tokens_per_block
         self._ledger = RequestLedger(tokens_per_block, clock)
         self._faults = FaultLog(logger, clock)
@@ -84,9 +85,7 @@ class SharedCacheScheduler:
         saves: tuple[SaveRun, ...] = ()
         loads = self._ledger.begin_turn(scheduler_output.new_requests)
         with self._faults.caught("the build hook"):
-            saves = self._ledger.take_saves(
-                scheduler_output.new_requests, scheduler_output.cached_requests
-            )
+            saves = self._take_saves(scheduler_output)
             self._release()
         return TransferPlan(loads, saves)
 
@@ -98,16 +97,29 @@ class SharedCacheScheduler:
         return False
 
     def _match(self, request: ConnectorRequest, num_computed_tokens: int) -> int:
-        chain = BlockHashChain(self._tokens_per_block, reuse_scope(request), request.get_tokens(0))
+        scope = reuse_scope(request)
+        chain = BlockHashChain(self._tokens_per_block, scope, request.get_tokens(0))
         num_device_blocks = num_computed_tokens // self._tokens_per_block
-        lease = self._host.lease(chain.hashes[num_device_blocks:])
-        num_tokens = self._ledger.matched(request.request_id, chain, num_computed_tokens, lease)
+        lease = self._cache.host.lease_held(chain.hashes[num_device_blocks:])
+        num_tokens = self._ledger.matched(
+            request.request_id, chain, num_computed_tokens, lease, scope.tenant
+        )
         num_blocks = num_tokens // self._tokens_per_block
         logger.info(
             "KV CONNECTOR: matched %d blocks for request %s", num_blocks, request.request_id
         )
         return num_tokens
 
+    def _take_saves(self, output: SchedulerOutput) -> tuple[SaveRun, ...]:
+        """What this turn saves: all that is complete, or less while copies would hold up others."""
+        budget = self._cache.turn_budget
+        max_blocks = budget.begin_turn(self._ledger.is_decoding(output.cached_requests))
+        saves = self._ledger.take_saves(output.new_requests, output.cached_requests, max_blocks)
+        budget.spend(sum(len(run.device_blocks) for run in saves))
+        return saves
+
     def _release(self) -> None:
+        """Give back what the ledger no longer needs, and count what it could not have saved."""
+        self._cache.lose(self._ledger.take_lost())
         for lease in self._ledger.take_released():
-            self._host.release(lease)
+            self._cache.host.release(lease)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from shared_cache.connector.copier import BlockCopier, BlockCopy, make_copier
-from shared_cache.connector.plan import SaveRun, TransferPlan
+from shared_cache.connector.copier import BlockCopier, BlockSave, make_copier
+from shared_cache.connector.transfers import SaveRun, TransferPlan
 from shared_cache.errors import ConfigError
 from shared_cache.faults import FaultLog
+from shared_cache.host.interface import NewRun
 from shared_cache.staging import SharedCache
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class SharedCacheWorker:
             )
         num_blocks = kv_cache_tensor.shape[0]
         pool_block_bytes = kv_cache_tensor.nbytes // num_blocks
-        block_bytes = self._cache.host.stats().block_bytes
+        block_bytes = self._cache.host.block_bytes
         if pool_block_bytes != block_bytes:
             raise ConfigError(
                 f"a block of the engine's KV pool has {pool_block_bytes} bytes, one of the cache's "
@@ -66,6 +67,7 @@ class SharedCacheWorker:
             )
         rows = kv_cache_tensor.detach().view(num_blocks, -1).view(torch.uint8)
         self._copier = make_copier(rows)
+        self._cache.host.show_memory(self._copier.prepare)
 
     def bind_connector_meta(self, metadata: object) -> None:
         """Take this turn's plan; anything else (an engine's warm-up) means nothing to do."""
@@ -106,30 +108,39 @@ class SharedCacheWorker:
 
     def _save(self, copier: BlockCopier, saves: Sequence[SaveRun], stream: Any) -> None:
         reserved: list[ReservedRun] = []
-        copies: list[BlockCopy] = []
+        copies: list[BlockSave] = []
         try:
             for run in saves:
                 slots = self._cache.reserve(len(run.device_blocks))
                 reserved.append((run, slots))
                 buffers = map(self._cache.host.buffer, slots)
-                copies += zip(buffers, run.device_blocks, strict=False)
-            copier.save(copies, stream, partial(self._publish, reserved))
+                copies += zip(buffers, run.device_blocks, run.hashes, strict=False)
+            copier.save(copies, stream, partial(self._copied, reserved))
         except BaseException:
             # What is published has left `reserved`, and its slots belong to the host tier.
             self._cache.host.cancel([slot for _, slots in reserved for slot in slots])
             raise
 
-    def _publish(self, reserved: list[ReservedRun]) -> None:
+    def _copied(
+        self, reserved: list[ReservedRun], seconds: float, checksums: Sequence[int]
+    ) -> None:
         """Publish run after run, each taken out of `reserved` before; none stops the next one."""
+        self._cache.turn_budget.saw_copies(len(checksums), seconds)
+        done = 0
         while reserved:
             run, slots = reserved.pop(0)
             if slots:
                 with self._faults.caught("publishing a save"):
-                    self._publish_run(run, slots)
+                    self._publish_run(run, slots, tuple(checksums[done : done + len(slots)]))
+            done += len(slots)
 
-    def _publish_run(self, run: SaveRun, slots: tuple[int, ...]) -> None:
+    def _publish_run(
+        self, run: SaveRun, slots: tuple[int, ...], checksums: tuple[int, ...]
+    ) -> None:
         try:
-            self._cache.save(slots, run.parent, run.hashes[: len(slots)])
+            hashes = run.hashes[: len(slots)]
+            new = NewRun(run.parent, hashes, run.tenant, checksums=checksums)
+            self._cache.save(slots, new, run.first)
         except BaseException:
-            self._cache.host.cancel(slots)  # a commit that fails has published nothing
+            self._cache.host.cancel(slots)  # what was not taken over is still ours
             raise

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
-from actors.admission import StagingQueue
+from actors.admission import MAX_FETCHING, STAGED_BATCHES, StagingQueue
 from actors.config import EngineConfig, ModelSource, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams
 from actors.replica import EngineReplica
@@ -192,7 +192,114 @@ async def test_the_deadline_runs_while_all_threads_are_taken(monkeypatch):
     assert cache.given_s[1] == 0
 
 
-async def test_few_requests_hold_blocks_before_their_first_token_and_all_are_served_in_order():
+async def test_who_waits_for_a_turn_to_fetch_goes_on_when_the_deadline_is_over(monkeypatch):
+    """However many stand in front: nobody loses more than one deadline to a store that hangs."""
+    monkeypatch.setattr("actors.admission.MAX_FETCHING", 2)
+    cache = HangingCache()
+    cache.deadline_s = 0.1
+    cache.host.num_present = 1
+    engine = FakeEngine(cache=cache, receipt=(0, TOKENS_PER_BLOCK))
+    replica = await make_replica(engine)
+    tasks = [asyncio.create_task(collect(replica.generate(request(13)))) for _ in range(10)]
+    for task in tasks[2:]:
+        chunks = await asyncio.wait_for(task, 5)
+        assert chunks[0].receipt.host == TOKENS_PER_BLOCK, "what is here is loaded all the same"
+    assert not tasks[0].done()
+    assert cache.given_s == []
+    assert cache.num_deadline_misses == 8
+    cache.go_on.set()
+    await asyncio.gather(*tasks)
+    assert len(cache.given_s) == 2
+    assert not cache.leased
+
+
+async def test_nobody_waits_for_tiers_that_are_left_alone():
+    cache = HangingCache()
+    cache.is_store_usable = False
+    replica = await make_replica(FakeEngine(cache=cache))
+    await asyncio.wait_for(collect(replica.generate(request(13))), 5)
+    assert cache.given_s == []
+    assert not cache.leased
+
+
+class SlowHostCache(FakeCache):
+    """The host tier answers no earlier than `go_on`, and not on the event loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.num_answered = 0
+
+    def lease(self, hashes, first=0, scope=None):
+        assert threading.current_thread() is not threading.main_thread()
+        self.entered.set()
+        assert self.go_on.wait(10)
+        staged = super().lease(hashes, first, scope)
+        self.num_answered += 1
+        return staged
+
+
+async def test_a_host_tier_that_does_not_answer_has_nothing_and_its_late_lease_ends(monkeypatch):
+    monkeypatch.setattr("actors.admission.LOOK_UP_TIMEOUT_S", 0.05)
+    cache = SlowHostCache()
+    cache.host.num_present = 100
+    cache.is_store_usable = False
+    replica = await make_replica(FakeEngine(cache=cache))
+    assert await asyncio.wait_for(collect(replica.generate(request(13))), 5)
+    cache.go_on.set()
+    while not cache.num_answered or cache.leased:
+        await asyncio.sleep(0.001)
+
+
+async def test_a_client_that_leaves_during_the_look_up_leaves_no_lease():
+    cache = SlowHostCache()
+    cache.host.num_present = 100
+    replica = await make_replica(FakeEngine(cache=cache))
+    task = asyncio.create_task(collect(replica.generate(request(13))))
+    assert await asyncio.to_thread(cache.entered.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    cache.go_on.set()
+    while not cache.num_answered or cache.leased:
+        await asyncio.sleep(0.001)
+    assert await asyncio.wait_for(collect(replica.generate(request(13))), 5)
+    assert not cache.leased
+
+
+@pytest.mark.parametrize("is_store_usable", [True, False])
+async def test_clients_that_leave_while_they_wait_give_their_turn_to_the_others(is_store_usable):
+    """Nothing is lost of either queue, whenever a request is aborted."""
+    config = CONFIG.model_copy(update={"engine": EngineConfig(max_batch_size=1)})
+    cache = FakeCache(stage_s=0.002)
+    cache.is_store_usable = is_store_usable
+    cache.host.num_present = 1
+    replica = await make_replica(FakeEngine(cache=cache, turn_s=0.001), config)
+    for delay_s in (0, 0.001, 0.002, 0.004, 0.008, 0.016):
+        tasks = [asyncio.create_task(collect(replica.generate(request(13)))) for _ in range(30)]
+        await asyncio.sleep(delay_s)
+        for task in tasks[::2]:
+            task.cancel()
+        done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        assert all(isinstance(result, list) for result in done[1::2])
+        while cache.leased:
+            await asyncio.sleep(0.001)
+    queue = replica._staging
+    assert queue._fetching._value == MAX_FETCHING
+    assert queue._places._value == STAGED_BATCHES
+
+
+async def test_the_cache_is_told_whose_blocks_these_are():
+    cache, scope = FakeCache(), ReuseScope(cache_salt="tenant")
+    replica = await make_replica(FakeEngine(cache=cache))
+    await collect(replica.generate(request(13, scope=scope)))
+    assert set(cache.scopes) == {scope}
+
+
+async def test_few_requests_hold_blocks_before_their_first_token_and_all_are_served_in_order(
+    monkeypatch,
+):
+    monkeypatch.setattr("actors.admission.LOOK_UP_THREADS", 1)  # or look-ups end in any order
     config = CONFIG.model_copy(update={"engine": EngineConfig(max_batch_size=2)})
     cache = FakeCache()
     cache.host.num_present = 100

@@ -87,7 +87,7 @@ def endpoint(ray_session, tmp_path_factory):
         model="tiny",
         num_cpus_per_replica=0.5,
         engine=engine,
-        cache={"store": str(folder / "store"), "host_bytes": "64MiB"},
+        cache={"store": str(folder / "store"), "host": {"bytes": "64MiB"}},
         router={"policy": "round_robin"},
         serve={"port": free_port()},
     )
@@ -121,7 +121,7 @@ def test_a_prefix_is_computed_once_for_all_replicas(endpoint):
     assert tiers[0]["replica"] == tiers[2]["replica"] != tiers[1]["replica"]
     assert tiers[0]["computed"] == first.usage.prompt_tokens
     reusable = (first.usage.prompt_tokens - 1) // BLOCK * BLOCK
-    assert (tiers[1]["shared"], tiers[1]["device"]) == (reusable, 0)
+    assert (tiers[1]["host"], tiers[1]["device"]) == (reusable, 0), "one arena for both"
     assert (tiers[2]["shared"], tiers[2]["device"]) == (0, reusable)
 
 

@@ -20,8 +20,21 @@ def test_shipped_configuration_loads(path):
 def test_the_default_shares_through_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     cache = load_config(CONFIGS / "cpu.yaml").cache
-    assert cache.store == f"file://{tmp_path}/.cache/kvcommons/store"
-    assert cache.host_bytes == 512 << 20
+    (tier,) = cache.all_tiers
+    assert tier.url == f"file://{tmp_path}/.cache/kvcommons/store"
+    assert cache.host.bytes == 512 << 20
+
+
+def test_replicas_share_the_cluster_s_arena_and_start_no_owner_themselves():
+    config = ClusterConfig(name="mine", model="x", cache={"store": "file:///x"})
+    assert config.cache.host.start_owner
+    assert config.replica_cache.host.model_dump(include={"name", "start_owner"}) == {
+        "name": "mine",
+        "start_owner": False,
+    }
+    named = ClusterConfig(model="x", cache={"host": {"name": "ours"}})
+    assert named.replica_cache.host.name == "ours"
+    assert ClusterConfig(model="x").replica_cache is None
 
 
 def load(tmp_path, text):
@@ -39,7 +52,11 @@ def load(tmp_path, text):
             "model: x\nengine: {kv_cache_config: {tokens_per_blok: 3}}",
             ["engine.kv_cache_config.tokens_per_blok", "did you mean `tokens_per_block`"],
         ),
-        ("model: x\ncache: {hots_bytes: 3}", ["cache.hots_bytes", "`host_bytes`", "io_threads"]),
+        ("model: x\ncache: {hosts: 3}", ["cache.hosts", "`host`", "io_threads"]),
+        ("model: x\ncache: {host: {byts: 3}}", ["cache.host.byts", "`bytes`", "eviction"]),
+        ("model: x\ncache: {tiers: [{ulr: s}]}", ["cache.tiers.0.ulr", "`url`", "max_bytes"]),
+        ("model: x\ncache: {store: /a, tiers: [{url: /b}]}", ["`store` or `tiers`, not both"]),
+        ("model: x\ncache: {tiers: [{url: 'memory://x'}]}", ["cache: memory://x", "file://"]),
         (
             "model: x\nengine: {speculative_config: {max_draf_len: 3}}",
             ["engine.speculative_config.max_draf_len", "`max_draft_len`"],
@@ -48,7 +65,7 @@ def load(tmp_path, text):
         ("model: x\nreplicas: 0", ["replicas: ", "greater than or equal to 1"]),
         ("model: x\nrouter: {policy: best}", ["router.policy", "'prefix'", "'round_robin'"]),
         ("replicas: 2", ["model: Field required"]),
-        ("model: x\ncache: {host_bytes: lots}", ["cache.host_bytes", "lots"]),
+        ("model: x\ncache: {host: {bytes: lots}}", ["cache.host.bytes", "lots"]),
         (
             "model: x\ncache: {store: 'file://${KVC_NOT_SET}/x'}",
             ["cache", "KVC_NOT_SET", "not set"],

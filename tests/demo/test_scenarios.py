@@ -24,14 +24,14 @@ from cluster.demo.setups import fresh_cache, kv_cache_bytes, roomy_pool, setup
 from cluster.demo.share import ShareResult
 from cluster.demo.sizes import fitted_sizes
 from cluster.demo.traffic import plan_traffic
-from shared_cache.config import CacheConfig
+from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.errors import ReplicaUnavailableError
 
 CONFIG = ClusterConfig(
     model="tiny",
     replicas=3,
     engine=EngineConfig(dtype="bfloat16", max_batch_size=5),
-    cache=CacheConfig(store="file:///demo", host_bytes=1000, staging_deadline_s=9.0),
+    cache=CacheConfig(store="file:///demo", host=HostConfig(bytes=1000), staging_deadline_s=9.0),
 )
 
 
@@ -152,7 +152,7 @@ def test_a_setup_is_validated_like_a_file() -> None:
 def test_the_demo_never_writes_to_the_users_store(tmp_path: Path) -> None:
     cache = fresh_cache(CONFIG, tmp_path, reserve_bytes=5000)
     assert cache.store == f"file://{tmp_path}"
-    assert cache.host_bytes == 5000
+    assert cache.host.bytes == 5000
     assert cache.save_queue_bytes == CacheConfig().save_queue_bytes
     assert cache.staging_deadline_s == 9.0
 
@@ -176,7 +176,7 @@ OFFLOAD = OffloadResult(
     OffloadFigures(0, 60, 0.0, (1.0,) * 4), OffloadFigures(30, 30, 0.5, (1.0,) * 4), True
 )
 EDIT = PromptFigures(20.0, 50.0, 100, 180, True)
-MODE = ModeFigures(1.0, 2.0, 5.0, 100, {}, 10, 0, 9.0)
+MODE = ModeFigures(1.0, 2.0, 5.0, 100, {}, 0, 10, 0, 9.0)
 LOAD = LoadResult(
     {"none": MODE, "local": MODE, "shared": dataclasses.replace(MODE, prefill_tokens_computed=40)},
     num_lost=0,

@@ -16,11 +16,12 @@ from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.engine import TorchEngine
 from actors.engines.torch.model import allocate_pool, block_layout, load_model
-from shared_cache.config import CacheConfig
+from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.namespace import Namespace
 from tests.tiny_model import make_tiny_model, tiny_source
 
 BLOCK = 8
+HOST = HostConfig(scope="process", bytes=1 << 20)
 
 ModelPath = Callable[..., Path]
 MakeEngine = Callable[..., TorchEngine]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.engines.torch.engine import TorchEngine
 from shared_cache.config import CacheConfig
-from tests.engine.conftest import Greedy, MakeEngine, chunks, request, some_prompt, tokens
+from tests.engine.conftest import HOST, Greedy, MakeEngine, chunks, request, some_prompt, tokens
 
 NGRAM = {"decoding_type": "NGram", "max_draft_len": 6, "max_matching_ngram_size": 2}
 # A tied output layer makes a random model repeat itself, so that drafts are accepted.
@@ -63,7 +63,7 @@ async def test_sampled_output_is_the_same_with_drafts(make_engine: MakeEngine) -
 async def test_drafts_and_sharing_work_together(
     make_engine: MakeEngine, plain_greedy: Greedy, tmp_path: Path
 ) -> None:
-    cache = CacheConfig(store=f"file://{tmp_path}", host_bytes=1 << 20)
+    cache = CacheConfig(store=f"file://{tmp_path}", host=HOST)
     prompt = some_prompt(10) * 4
     expected = plain_greedy(prompt, 50, **REPEATING)
     for _ in range(2):

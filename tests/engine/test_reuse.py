@@ -7,7 +7,16 @@ from actors.engine import Receipt
 from actors.engines.torch.engine import TorchEngine
 from shared_cache.config import CacheConfig
 from shared_cache.hashing import block_hashes
-from tests.engine.conftest import BLOCK, Greedy, MakeEngine, chunks, request, some_prompt, tokens
+from tests.engine.conftest import (
+    BLOCK,
+    HOST,
+    Greedy,
+    MakeEngine,
+    chunks,
+    request,
+    some_prompt,
+    tokens,
+)
 
 
 async def receipt_of(engine: TorchEngine, prompt: list[int], num_tokens: int = 3) -> Receipt:
@@ -88,7 +97,7 @@ async def test_evicted_blocks_come_back_from_host_memory(make_engine: MakeEngine
 async def test_another_engine_loads_what_one_has_saved(
     make_engine: MakeEngine, plain_greedy: Greedy, tmp_path: Path
 ) -> None:
-    cache = CacheConfig(store=f"file://{tmp_path}", host_bytes=1 << 20, staging_deadline_s=20)
+    cache = CacheConfig(store=f"file://{tmp_path}", host=HOST, staging_deadline_s=20)
     prompt = some_prompt(45)
     first = make_engine(cache=cache)
     output = await tokens(first, request(prompt, 20))

@@ -12,6 +12,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+from shared_cache import retries
+
 
 class PlainFile:
     """A file with nothing but what every back end has: no `readinto`, short reads allowed."""
@@ -100,13 +102,15 @@ class FaultyObjects(MemoryFileSystem):
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Within this block fsspec knows `mounted://` and `faulty://`."""
+    """Within this block fsspec knows `mounted://` and `faulty://`, and nobody pauses to retry."""
+    policy, retries.DEFAULT_POLICY = retries.DEFAULT_POLICY, retries.RetryPolicy(first_pause_s=0.0)
     fsspec.register_implementation("mounted", MountedFileSystem, clobber=True)
     fsspec.register_implementation("faulty", FaultyObjects, clobber=True)
     FaultyObjects.store.clear()
     try:
         yield
     finally:
+        retries.DEFAULT_POLICY = policy
         FaultyObjects.store.clear()
         for protocol in ("mounted", "faulty"):
             _registry.pop(protocol)

@@ -5,8 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from shared_cache.config import CacheConfig
-from shared_cache.hashing import BlockHash, BlockHashChain
+from shared_cache.eviction import make_policy
+from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, BlockHashChain, ReuseScope
+from shared_cache.host.interface import HostTier, NewRun
 from shared_cache.host.local import LocalHostTier
+from shared_cache.host.terms import IndexRules, StoreAdmission
 from shared_cache.namespace import BlockLayout, Namespace
 from shared_cache.staging import SharedCache
 from shared_cache.store import BlockRun, BlockStore, MemoryBlockStore
@@ -28,9 +31,11 @@ class FakeClock:
         return self.now_s
 
 
-def chain_of(num_blocks: int, first_token: int = 0) -> BlockHashChain:
+def chain_of(
+    num_blocks: int, first_token: int = 0, scope: ReuseScope = DEFAULT_SCOPE
+) -> BlockHashChain:
     tokens = range(first_token, first_token + num_blocks * LAYOUT.tokens_per_block)
-    return BlockHashChain(LAYOUT.tokens_per_block, tokens=tokens)
+    return BlockHashChain(LAYOUT.tokens_per_block, scope, tokens)
 
 
 def payload_of(block_hash: BlockHash) -> bytes:
@@ -45,13 +50,13 @@ def run_of(chain: BlockHashChain) -> BlockRun:
 class ScriptedStore(MemoryBlockStore):
     """A memory store that counts, and that calls a hook before each operation.
 
-    A hook may raise, wait, or return a number that replaces the operation's answer.
+    A hook may raise, wait, or (but for reads) return a number that replaces the answer.
     """
 
     def __init__(self) -> None:
         super().__init__(NAMESPACE)
         self.on_match: Callable[[Sequence[BlockHash]], int | None] = lambda hashes: None
-        self.on_read: Callable[[Sequence[BlockHash]], int | None] = lambda hashes: None
+        self.on_read: Callable[[Sequence[BlockHash]], None] = lambda hashes: None
         self.on_write: Callable[[BlockRun], int | None] = lambda run: None
         self.num_matches = 0
         self.num_writes = 0
@@ -65,11 +70,13 @@ class ScriptedStore(MemoryBlockStore):
         answer = self.on_match(hashes)
         return super().match(hashes) if answer is None else answer
 
-    def read_into(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
+    ) -> tuple[int, ...]:
         with self._count_lock:
             self.num_reads.update(hashes)
-        answer = self.on_read(hashes)
-        return super().read_into(hashes, buffers) if answer is None else answer
+        self.on_read(hashes)
+        return super().read_into(hashes, buffers)
 
     def write(self, run: BlockRun) -> int:
         with self._count_lock:
@@ -99,21 +106,61 @@ class Gate:
         assert self.entered.acquire(timeout=WAIT_S)
 
 
+def make_host(num_slots: int = 64, admission: StoreAdmission = "always") -> LocalHostTier:
+    rules = IndexRules(lambda clock: make_policy("lru", clock), {}, admission)
+    return LocalHostTier(num_slots * 4096, BLOCK_BYTES, rules)
+
+
 def make_cache(
-    store: BlockStore | None,
+    *stores: BlockStore | None,
     num_slots: int = 64,
+    host_tier: HostTier | None = None,
     clock: Callable[[], float] | None = None,
+    tier: dict[str, object] | None = None,
     **settings: object,
 ) -> SharedCache:
-    defaults: dict[str, object] = {"staging_deadline_s": WAIT_S, "io_threads": 2}
+    """A cache over these stores, nearest first; `tier` has the settings of each of them."""
+    given = [store for store in stores if store is not None]
+    defaults: dict[str, object] = {
+        "staging_deadline_s": WAIT_S,
+        "io_threads": 2,
+        "cost": {"gate": False},
+        "tiers": [{"url": f"memory://{index}", **(tier or {})} for index in range(len(given))],
+    }
     config = CacheConfig.model_validate(defaults | settings)
-    host = LocalHostTier(num_slots * 4096, BLOCK_BYTES)
-    return SharedCache(host, store, config, **({"clock": clock} if clock else {}))
+    host_tier = host_tier or make_host(num_slots, "always" if given else "never")
+    return SharedCache(host_tier, given, config, **({"clock": clock} if clock else {}))
 
 
 def fill_host(cache: SharedCache, hashes: Sequence[BlockHash]) -> None:
-    """Put these blocks into the host tier, unleased."""
+    """Put these blocks into the host tier, unleased; the shared tier is said to have them."""
     slots = cache.host.reserve(len(hashes))
     for slot, block_hash in zip(slots, hashes, strict=True):
         cache.host.buffer(slot)[:] = payload_of(block_hash)
-    cache.host.release(cache.host.commit(slots, hashes))
+    run = NewRun(DEFAULT_SCOPE.root_hash(), tuple(hashes), is_stored=True)
+    cache.host.release(cache.host.commit(slots, run))
+
+
+def num_in_host(cache: SharedCache, hashes: Sequence[BlockHash]) -> int:
+    """How many leading blocks of `hashes` are in the host tier."""
+    lease = cache.host.lease_held(hashes)
+    cache.host.release(lease)
+    return len(lease.slots)
+
+
+def save_blocks(
+    cache: SharedCache, chain: BlockHashChain, start: int, stop: int, tenant: bytes = b""
+) -> None:
+    """What the connector's worker does after a forward pass."""
+    hashes = chain.hashes[start:stop]
+    slots = cache.reserve(len(hashes))
+    for slot, block_hash in zip(slots, hashes, strict=False):
+        cache.host.buffer(slot)[:] = payload_of(block_hash)
+    if slots:
+        run = NewRun(chain.parent_of(start), tuple(hashes[: len(slots)]), tenant)
+        cache.save(slots, run, start)
+
+
+def await_published(cache: SharedCache) -> None:
+    """Wait until what was saved is in the host tier, whatever becomes of it behind that."""
+    assert cache._publisher.await_published(WAIT_S)

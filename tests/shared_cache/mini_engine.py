@@ -15,7 +15,7 @@ from shared_cache.connector.interface import RequestData, SchedulerOutput
 from shared_cache.connector.scheduler import SharedCacheScheduler
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.staging import SharedCache
-from tests.shared_cache.fakes import LAYOUT
+from tests.shared_cache.fakes import LAYOUT, await_published
 
 SIZE = LAYOUT.tokens_per_block
 TOKEN_BYTES = LAYOUT.block_bytes // SIZE
@@ -95,9 +95,13 @@ class MiniEngine:
         assert self.worker.get_finished([], []) == ([], [])
 
     def finish(self, request: MiniRequest) -> None:
-        """Free the blocks and scribble over them, as their next owner will."""
+        """Free the blocks and scribble over them, as their next owner will.
+
+        What was saved is in the host tier afterwards.
+        """
         assert self.scheduler.request_finished(request, list(request.blocks)) is False
         self.abort(request)
+        await_published(self.cache)
 
     def abort(self, request: MiniRequest) -> None:
         """The engine forgets the request without a word to the connector."""

@@ -1,9 +1,11 @@
 """What every `BlockStore` must do: a test class to inherit, and helpers around it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
 from shared_cache.store import BlockRun, BlockStore
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, payload_of, run_of
@@ -13,9 +15,11 @@ def read_all(store: BlockStore, hashes: Sequence[BlockHash]) -> list[bytes]:
     """The leading blocks that `read_into` finds, through a pool that is filled back to front."""
     pool = bytearray(b"\xee" * (len(hashes) * BLOCK_BYTES))
     slots = [memoryview(pool)[i : i + BLOCK_BYTES] for i in range(0, len(pool), BLOCK_BYTES)][::-1]
-    num_read = store.read_into(hashes, slots)
-    assert 0 <= num_read <= len(hashes)
-    return [bytes(slot) for slot in slots[:num_read]]
+    checksums = store.read_into(hashes, slots)
+    assert len(checksums) <= len(hashes)
+    good = slots[: len(checksums)]
+    assert checksums == tuple(map(block_checksum, hashes, good))
+    return [bytes(slot) for slot in good]
 
 
 def payloads_of(hashes: Sequence[BlockHash]) -> list[bytes]:
@@ -31,13 +35,33 @@ class BlockStoreContract:
         assert read_all(store, hashes) == []
         assert list(store.entries()) == []
         assert store.match([]) == 0
-        assert store.read_into([], []) == 0
+        assert store.read_into([], []) == ()
+        assert store.refresh() == 0
 
     def test_what_was_written_is_matched_and_read(self, store: BlockStore) -> None:
         chain = chain_of(5)
         assert store.write(run_of(chain)) == 5
         assert store.match(chain.hashes) == 5
         assert read_all(store, chain.hashes) == payloads_of(chain.hashes)
+
+    def test_checksums_may_come_with_the_run(self, store: BlockStore) -> None:
+        run = run_of(chain_of(5))
+        checksums = tuple(map(block_checksum, run.hashes, run.payloads))
+        assert store.write(replace(run, checksums=checksums)) == 5
+        assert read_all(store, run.hashes) == payloads_of(run.hashes)
+
+    def test_refresh_knows_every_block(self, store: BlockStore) -> None:
+        for chain in (chain_of(3), chain_of(2, first_token=50)):
+            store.write(run_of(chain))
+        assert store.refresh() == 5
+
+    def test_wrong_hints_do_no_harm(self, store: BlockStore) -> None:
+        chain, other = chain_of(4), chain_of(3, first_token=50)
+        store.write(run_of(chain))
+        store.learn(other.hashes[0], chain.hashes)
+        store.learn(chain.hashes[0], other.hashes)
+        assert read_all(store, chain.hashes) == payloads_of(chain.hashes)
+        assert store.match(other.hashes) == 0
 
     def test_only_the_common_prefix_counts(self, store: BlockStore) -> None:
         chain = chain_of(4)

@@ -3,19 +3,37 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_cache import codec
-from shared_cache.errors import BlockFormatError, CorruptBlockError, ForeignBlockError
+from shared_cache.compression import (
+    PLAIN,
+    SHUFFLE_ZSTD,
+    CodecName,
+    check_codec,
+    compress,
+    decompress,
+)
+from shared_cache.errors import (
+    BlockFormatError,
+    ConfigError,
+    CorruptBlockError,
+    ForeignBlockError,
+)
+from shared_cache.framing import INDEX_COLUMNS
 from shared_cache.hashing import BlockHash
 from shared_cache.namespace import BlockLayout, Namespace
 from shared_cache.store import BlockRun
 from tests.shared_cache.fakes import NAMESPACE, chain_of, run_of
 
-GOLDEN_FILE = Path(__file__).parents[1] / "data" / "golden_run.arrow"
+DATA_FOLDER = Path(__file__).parents[1] / "data"
+GOLDEN_FILE = DATA_FOLDER / "golden_run.arrow"
+GOLDEN_COMPRESSED_FILE = DATA_FOLDER / "golden_run_compressed.arrow"
+OLD_VERSION_FILE = DATA_FOLDER / "golden_run_v1.arrow"
 GOLDEN_NAMESPACE = Namespace(
     "golden", "0123abcd", "torch", BlockLayout(2, 2, 1, 4, 4, "float16"), tp_rank=1, tp_size=2
 )
@@ -26,10 +44,27 @@ GOLDEN_RUN = BlockRun(
     tuple(memoryview(bytes(range(first, first + 128))) for first in (0, 64, 128)),
 )
 SMALL = run_of(chain_of(2))
+NUMBERS = BlockLayout(2, 2, 1, 8, 16, "bfloat16")
 
 
-def stored_bytes(run: BlockRun, namespace: Namespace = NAMESPACE) -> bytes:
-    return b"".join(codec.encode(namespace, run).parts)
+def mixed_run(num_blocks: int, layout: BlockLayout = NUMBERS, seed: int = 0) -> BlockRun:
+    """Blocks of which every third is noise, and the others are numbers of one magnitude."""
+    random_source = np.random.default_rng(seed)
+    size = layout.block_bytes
+    payloads = []
+    for row in range(num_blocks):
+        numbers = random_source.uniform(1.0, 1.9, size // 4).astype("<f4")
+        noise = random_source.integers(0, 256, size, np.uint8)
+        payload = noise if row % 3 == 2 else np.repeat(numbers.view("<u4") >> 16, 2).astype("<u2")
+        payloads.append(memoryview(payload.tobytes()))
+    hashes = tuple(BlockHash(bytes([row + 1]) * 32) for row in range(num_blocks))
+    return BlockRun(BlockHash(bytes(32)), hashes, tuple(payloads))
+
+
+def stored_bytes(
+    run: BlockRun, namespace: Namespace = NAMESPACE, codec_name: CodecName = PLAIN
+) -> bytes:
+    return b"".join(codec.encode(namespace, run, codec_name).parts)
 
 
 def good_blocks(data: bytes, namespace: Namespace = NAMESPACE) -> dict[BlockHash, bytes]:
@@ -40,10 +75,12 @@ def good_blocks(data: bytes, namespace: Namespace = NAMESPACE) -> dict[BlockHash
     size = namespace.layout.block_bytes
     blocks = {}
     for row, (block_hash, checksum) in enumerate(zip(head.hashes, head.checksums, strict=True)):
-        start = head.payload_offset + row * size
-        payload = data[start : start + size]
-        if len(payload) == size and codec.verify(memoryview(payload), block_hash, checksum):
-            blocks[block_hash] = payload
+        start, end = head.place_of(row, 1, size)
+        stored, buffer = memoryview(data)[start:end], memoryview(bytearray(size))
+        is_whole = stored.nbytes == end - start
+        is_decoded = is_whole and decompress(stored, head.element_bytes, buffer)
+        if is_decoded and codec.verify(buffer, block_hash, checksum):
+            blocks[block_hash] = bytes(buffer)
     return blocks
 
 
@@ -90,15 +127,16 @@ def test_payloads_are_not_copied() -> None:
 
 def test_the_schema_says_what_a_person_needs() -> None:
     schema = arrow_table(stored_bytes(SMALL)).schema
-    assert schema.names == ["hash", "parent", "xxh3_64", "payload"]
-    assert schema.types == [pa.binary(32), pa.binary(32), pa.uint64(), pa.binary(64)]
-    assert schema.metadata[b"kvcommons.format"] == b"1"
+    assert schema.names == ["hash", "parent", "xxh3_64", "stored_bytes", "payload"]
+    assert schema.types == [pa.binary(32), pa.binary(32), pa.uint64(), pa.uint64(), pa.binary(64)]
+    assert schema.metadata[b"kvcommons.format"] == b"2"
+    assert schema.metadata[b"kvcommons.codec"] == b"none"
     assert Namespace.from_json(schema.metadata[b"kvcommons.namespace"].decode()) == NAMESPACE
     assert int(schema.metadata[b"kvcommons.num_blocks"]) == 2
     assert int(schema.metadata[b"kvcommons.payload_offset"]) == 4096
 
 
-def test_an_object_of_the_first_version_stays_readable() -> None:
+def test_an_object_of_this_version_stays_readable() -> None:
     data = GOLDEN_FILE.read_bytes()
     assert good_blocks(data, GOLDEN_NAMESPACE) == blocks_of(GOLDEN_RUN)
     golden, fresh = arrow_table(data), arrow_table(stored_bytes(GOLDEN_RUN, GOLDEN_NAMESPACE))
@@ -107,6 +145,93 @@ def test_an_object_of_the_first_version_stays_readable() -> None:
     for key, value in golden.schema.metadata.items():
         is_place = key.endswith((b"_offset", b".pad", b".index_xxh3_64"))
         assert is_place or fresh.schema.metadata[key] == value
+
+
+def test_a_compressed_object_of_this_version_stays_readable() -> None:
+    """Newer versions of zstd may compress otherwise, so only what comes out is compared."""
+    data = GOLDEN_COMPRESSED_FILE.read_bytes()
+    assert good_blocks(data, replace(NAMESPACE, layout=NUMBERS)) == blocks_of(mixed_run(4))
+
+
+def test_an_object_of_the_version_before_is_foreign() -> None:
+    data = OLD_VERSION_FILE.read_bytes()
+    assert arrow_table(data).schema.metadata[b"kvcommons.format"] == b"1"
+    with pytest.raises(ForeignBlockError):
+        good_blocks(data, replace(GOLDEN_NAMESPACE, format_version=1))
+
+
+class TestCompressed:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+    def test_blocks_come_back_and_those_that_do_not_shrink_are_stored_as_they_are(
+        self, dtype: str
+    ) -> None:
+        layout = replace(NUMBERS, dtype=dtype)
+        namespace, run = replace(NAMESPACE, layout=layout), mixed_run(7, layout)
+        encoded = codec.encode(namespace, run, SHUFFLE_ZSTD)
+        data = b"".join(encoded.parts)
+        assert good_blocks(data, namespace) == blocks_of(run)
+        assert codec.parse_head(data, namespace) == encoded.index
+        assert len(encoded.head) % 4096 == 0
+        sizes = [payload.nbytes for payload in encoded.payloads]
+        assert [size == layout.block_bytes for size in sizes] == [row % 3 == 2 for row in range(7)]
+        assert all(a is b for a, b in zip(encoded.payloads[2::3], run.payloads[2::3], strict=True))
+
+    def test_numbers_shrink_more_for_being_shuffled(self) -> None:
+        """Else the bytes of the numbers have been put in a wrong order."""
+        noise = np.random.default_rng(1).integers(0, 256, 1 << 15, "<u2")
+        block = memoryview((noise | 0x3F00).astype("<u2").tobytes())
+        assert compress(block, 2).nbytes < 0.52 * block.nbytes < compress(block, 1).nbytes
+
+    def test_it_is_an_arrow_file_that_says_its_codec(self) -> None:
+        namespace, run = replace(NAMESPACE, layout=NUMBERS), mixed_run(5)
+        encoded = codec.encode(namespace, run, SHUFFLE_ZSTD)
+        table = arrow_table(b"".join(encoded.parts))
+        assert table.schema.metadata[b"kvcommons.codec"] == b"shuffle-zstd"
+        assert table.schema.types[-1] == pa.large_binary()
+        assert table["payload"].to_pylist() == [bytes(payload) for payload in encoded.payloads]
+        assert table["stored_bytes"].to_pylist() == [p.nbytes for p in encoded.payloads]
+        assert table["hash"].to_pylist() == list(run.hashes)
+        table.validate(full=True)
+
+    def test_no_changed_byte_yields_a_wrong_block(self) -> None:
+        layout = BlockLayout(1, 1, 1, 8, 16, "float16")
+        namespace, run = replace(NAMESPACE, layout=layout), mixed_run(3, layout)
+        data, truth = stored_bytes(run, namespace, SHUFFLE_ZSTD), blocks_of(run)
+        num_lost = 0
+        for position in range(len(data)):
+            changed = bytearray(data)
+            changed[position] ^= 0x41
+            try:
+                found = good_blocks(bytes(changed), namespace)
+            except BlockFormatError:
+                continue
+            assert found.items() <= truth.items()
+            num_lost += found != truth
+        assert num_lost > sum(codec.parse_head(data, namespace).ends[-1:]) * 0.9
+
+    def test_a_codec_that_this_program_does_not_know_is_foreign(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        namespace = replace(NAMESPACE, layout=NUMBERS)
+        data = stored_bytes(mixed_run(2), namespace, SHUFFLE_ZSTD)
+        monkeypatch.setattr(codec, "CODEC_NAMES", ("none",))
+        with pytest.raises(ForeignBlockError, match="shuffle-zstd"):
+            good_blocks(data, namespace)
+
+    def test_sizes_that_no_block_can_have_are_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only another program could write this: the index checksum is right."""
+        namespace = replace(NAMESPACE, layout=NUMBERS)
+        too_long = memoryview(bytes(NUMBERS.block_bytes + 1))
+        monkeypatch.setattr(codec, "compress", lambda block, element_bytes: too_long)
+        data = stored_bytes(mixed_run(2), namespace, SHUFFLE_ZSTD)
+        with pytest.raises(CorruptBlockError, match="no block can have"):
+            good_blocks(data, namespace)
+
+    def test_a_wrong_name_of_a_codec_is_refused_with_those_that_are_known(self) -> None:
+        with pytest.raises(ConfigError, match="write one of none, shuffle-zstd"):
+            check_codec("lz4")
 
 
 def test_no_changed_byte_yields_a_wrong_block() -> None:
@@ -161,8 +286,8 @@ def test_another_namespace_is_foreign(other: Namespace) -> None:
 
 def test_another_version_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     data = stored_bytes(SMALL)
-    monkeypatch.setattr(codec, "FORMAT_VERSION", 2)
-    with pytest.raises(ForeignBlockError, match="this program reads 2"):
+    monkeypatch.setattr(codec, "FORMAT_VERSION", 3)
+    with pytest.raises(ForeignBlockError, match="this program reads 3"):
         good_blocks(data)
 
 
@@ -212,7 +337,7 @@ def test_blocks_that_are_not_consecutive_are_refused() -> None:
     changed[parent_offset + 32 : parent_offset + 64] = other[0]
     columns = {
         name: bytes(changed[int(fields[f"{name}_offset"]) :][: 2 * width])
-        for name, width in codec._INDEX_COLUMNS.items()
+        for name, width in INDEX_COLUMNS.items()
     }
     old, new = fields["index_xxh3_64"], codec._index_checksum(fields, columns)
     with pytest.raises(CorruptBlockError, match="not consecutive"):

@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from shared_cache.connector.interface import RequestData, SchedulerOutput
-from shared_cache.connector.plan import TransferPlan
 from shared_cache.connector.scheduler import SharedCacheScheduler, reuse_scope
+from shared_cache.connector.transfers import TransferPlan
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.errors import ConfigError
-from shared_cache.hashing import BlockHash, BlockHashChain, ReuseScope, block_hashes
-from shared_cache.host.interface import HostLease
+from shared_cache.hashing import BlockHashChain, ReuseScope, block_hashes
+from shared_cache.host.interface import HostLease, NewRun
 from shared_cache.staging import SharedCache
-from tests.shared_cache.fakes import BLOCK_BYTES, LAYOUT, WAIT_S, ScriptedStore, make_cache
+from tests.shared_cache.fakes import (
+    BLOCK_BYTES,
+    LAYOUT,
+    WAIT_S,
+    ScriptedStore,
+    await_published,
+    make_cache,
+    num_in_host,
+)
 from tests.shared_cache.mini_engine import SIZE, MiniEngine, MiniRequest, block_kv
 
 PROMPT = list(range(1, 30))
@@ -26,7 +34,7 @@ def check_store(store: ScriptedStore, tokens: list[int], scope: ReuseScope | Non
     hashes = block_hashes(tokens, SIZE, scope or ReuseScope())
     num_blocks = store.match(hashes)
     buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(num_blocks)]
-    assert store.read_into(hashes[:num_blocks], buffers) == num_blocks
+    assert len(store.read_into(hashes[:num_blocks], buffers)) == num_blocks
     for index, buffer in enumerate(buffers):
         assert bytes(buffer) == block_kv(tokens, index)
     return num_blocks
@@ -194,10 +202,10 @@ def test_saves_that_find_no_slot_are_dropped_from_the_end_and_counted() -> None:
     held = cache.host.reserve(6)
     engine.run(MiniRequest(1, list(PROMPT)))
     assert cache.stats().dropped_saves == 3
-    assert cache.host.match(block_hashes(PROMPT, SIZE)) == 4
+    assert num_in_host(cache, block_hashes(PROMPT, SIZE)) == 4
     cache.host.cancel(held)
     assert engine.run(MiniRequest(2, list(PROMPT))) == 16
-    assert cache.host.match(block_hashes(PROMPT, SIZE)) == 7
+    assert num_in_host(cache, block_hashes(PROMPT, SIZE)) == 7
     cache.close()
 
 
@@ -296,7 +304,7 @@ def test_an_error_while_saving_is_counted_and_gives_the_slots_back() -> None:
     engine.worker.wait_for_save(None)
     assert engine.worker.connector_faults == 1
     assert cache.stats().host.reserved_slots == 0
-    assert cache.host.match(chain.hashes) == 0
+    assert num_in_host(cache, chain.hashes) == 0
     cache.close()
 
 
@@ -324,18 +332,20 @@ def test_a_run_that_cannot_be_published_costs_the_others_nothing(
     chains = bind_three_saves(engine)
     commit = cache.host.commit
 
-    def fail_once(slots: Sequence[int], hashes: Sequence[BlockHash]) -> HostLease:
-        if hashes[0] == chains[failing].hashes[0]:
+    def fail_once(slots: Sequence[int], run: NewRun) -> HostLease:
+        if run.hashes[0] == chains[failing].hashes[0]:
             raise ConnectionError("the host tier's server is gone")
-        return commit(slots, hashes)
+        return commit(slots, run)
 
     monkeypatch.setattr(cache.host, "commit", fail_once)
     engine.worker.wait_for_save(None)
-    assert engine.worker.connector_faults == 1
-    found = [cache.host.match(chain.hashes) for chain in chains]
+    await_published(cache)
+    assert engine.worker.connector_faults == 0
+    found = [num_in_host(cache, chain.hashes) for chain in chains]
     assert found == [0 if i == failing else 2 for i in range(3)]
-    stats = cache.stats().host
-    assert (stats.reserved_slots, stats.leased_slots, stats.used_slots) == (0, 0, 4)
+    stats = cache.stats()
+    assert (stats.store_faults, stats.dropped_saves) == (1, 2)
+    assert (stats.host.reserved_slots, stats.host.leased_slots, stats.host.used_slots) == (0, 0, 4)
     cache.close()
 
 
@@ -347,15 +357,16 @@ def test_an_interrupt_between_two_runs_gives_back_only_what_is_not_published(
     chains = bind_three_saves(engine)
     save = cache.save
 
-    def interrupted(slots: Sequence[int], parent: BlockHash, hashes: Sequence[BlockHash]) -> None:
-        if hashes[0] == chains[1].hashes[0]:
+    def interrupted(slots: Sequence[int], run: NewRun, first: int) -> None:
+        if run.hashes[0] == chains[1].hashes[0]:
             raise KeyboardInterrupt
-        save(slots, parent, hashes)
+        save(slots, run, first)
 
     monkeypatch.setattr(cache, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.worker.wait_for_save(None)
-    assert [cache.host.match(chain.hashes) for chain in chains] == [2, 0, 0]
+    await_published(cache)
+    assert [num_in_host(cache, chain.hashes) for chain in chains] == [2, 0, 0]
     assert (cache.stats().host.reserved_slots, cache.stats().host.leased_slots) == (0, 0)
     cache.close()
 
@@ -416,6 +427,7 @@ def test_a_pool_of_any_dtype_moves_as_bytes(dtype: torch.dtype) -> None:
         worker.bind_connector_meta(scheduler.build_connector_meta(SchedulerOutput([report])))
         worker.start_load_kv(None)
         worker.wait_for_save(None)
+        await_published(cache)
     assert torch.equal(pool.view(torch.uint8)[2], torch.arange(BLOCK_BYTES, dtype=torch.uint8))
     worker.close()
     cache.close()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.shared_cache.fakes import BLOCK_BYTES, chain_of, make_cache
+from shared_cache.host.interface import NewRun
+from tests.shared_cache.fakes import BLOCK_BYTES, chain_of, make_cache, num_in_host
 from tests.shared_cache.mini_engine import SIZE, MiniEngine, MiniRequest, block_kv
 
 TOKENS = list(range(6 * SIZE + 1))
@@ -30,12 +31,14 @@ def test_what_follows_the_devices_blocks_is_loaded_whatever_came_before(
         kv = block_kv(TOKENS, block)
         assert len(kv) == BLOCK_BYTES
         cache.host.buffer(slot)[:] = kv
-    cache.host.release(cache.host.commit(slots, [hashes[block] for block in in_host]))
+    if slots:
+        run = NewRun(hashes[in_host.start - 1], tuple(hashes[block] for block in in_host))
+        cache.host.release(cache.host.commit(slots, run))
     engine = MiniEngine(cache)
     request = MiniRequest(1, list(TOKENS))
     assert engine.run(request, 2, num_on_device * SIZE) == num_loaded * SIZE
     assert engine.scheduler.connector_faults == 0
-    assert cache.host.match(hashes[num_on_device:]) == 6 - num_on_device, (
+    assert num_in_host(cache, hashes[num_on_device:]) == 6 - num_on_device, (
         "computed blocks are saved"
     )
     assert cache.stats().host.leased_slots == 0

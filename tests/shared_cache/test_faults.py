@@ -74,3 +74,31 @@ def test_any_error_of_a_store_ends_here_and_begins_a_pause() -> None:
     assert not guard.usable()
     clock.now_s += 1
     assert guard.usable()
+
+
+def test_one_call_that_hangs_does_not_stop_a_store_that_answers_others() -> None:
+    clock = FakeClock()
+    faults = FaultLog(logger, clock)
+    guard = StoreGuard("reading", 5, faults, clock)
+    with guard.operation():
+        for _ in range(3):
+            clock.now_s += 4
+            with guard.operation():
+                clock.now_s += 0.5
+            assert guard.usable()
+        assert faults.num_faults == guard.num_faults == 1, "the hanging one"
+        clock.now_s += 5
+        assert guard.is_hanging()
+        assert not guard.usable()
+    assert guard.usable()
+    assert guard.num_faults == 1
+
+
+def test_a_store_that_fails_rests_but_does_not_hang() -> None:
+    clock = FakeClock()
+    guard = StoreGuard("reading", 5, FaultLog(logger, clock), clock)
+    with guard.operation():
+        raise StoreUnavailableError("gone")
+    assert not guard.usable()
+    assert not guard.is_hanging()
+    assert guard.num_faults == 1

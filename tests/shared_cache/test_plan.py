@@ -10,9 +10,8 @@ from shared_cache.connector.plan import (
     EXPIRE_S,
     EXPIRE_TURNS,
     RequestLedger,
-    SaveRun,
-    TransferPlan,
 )
+from shared_cache.connector.transfers import SaveRun, TransferPlan
 from shared_cache.hashing import BlockHash, BlockHashChain
 from shared_cache.host.interface import HostLease
 from tests.shared_cache.fakes import FakeClock

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 
 import pytest
 
+from shared_cache.config import CacheConfig
 from shared_cache.errors import (
     StoreError,
     StoreFullError,
     StoreReadOnlyError,
     StoreUnavailableError,
 )
-from shared_cache.faults import FaultLog, StoreGuard
+from shared_cache.faults import FaultLog
 from shared_cache.hashing import BlockHashChain
-from shared_cache.host.local import LocalHostTier
+from shared_cache.host.interface import HostTier, NewRun
 from shared_cache.saving import (
     MAX_SETBACKS,
     MAX_THREADS,
@@ -27,40 +28,35 @@ from shared_cache.saving import (
     SaveCounts,
     SaveQueue,
 )
-from shared_cache.staging import SharedCache
 from shared_cache.store import BlockRun
+from shared_cache.tiers import TieredStore
 from tests.shared_cache.fakes import (
     BLOCK_BYTES,
     WAIT_S,
     FakeClock,
     Gate,
     ScriptedStore,
+    await_published,
     chain_of,
     make_cache,
+    make_host,
+    num_in_host,
     payload_of,
 )
+from tests.shared_cache.fakes import save_blocks as save
 
 CHAIN = chain_of(6)
 
 
-def save(cache: SharedCache, chain: BlockHashChain, start: int, stop: int) -> None:
-    """What the connector's worker does after a forward pass."""
-    hashes = chain.hashes[start:stop]
-    slots = cache.reserve(len(hashes))
-    for slot, block_hash in zip(slots, hashes, strict=False):
-        cache.host.buffer(slot)[:] = payload_of(block_hash)
-    cache.save(slots, chain.parent_of(start), hashes[: len(slots)])
-
-
-def test_saved_blocks_reach_host_memory_at_once_and_the_store_soon() -> None:
+def test_saved_blocks_reach_host_memory_and_the_store_soon() -> None:
     store = ScriptedStore()
     cache = make_cache(store)
     save(cache, CHAIN, 0, 2)
-    assert cache.host.match(CHAIN.hashes) == 2
     save(cache, CHAIN, 2, 6)
     assert cache.flush(WAIT_S)
+    assert num_in_host(cache, CHAIN.hashes) == 6
     buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in CHAIN.hashes]
-    assert store.read_into(CHAIN.hashes, buffers) == 6
+    assert len(store.read_into(CHAIN.hashes, buffers)) == 6
     assert [bytes(b) for b in buffers] == [payload_of(h) for h in CHAIN.hashes]
     assert sorted(entry.parent for entry in store.entries()) == sorted(
         CHAIN.parent_of(i) for i in range(6)
@@ -88,10 +84,11 @@ def test_a_full_queue_keeps_the_leading_blocks_and_drops_the_rest() -> None:
     gate.wait_entered()
     other = chain_of(3, first_token=500)
     save(cache, other, 0, 3)
+    await_published(cache)
     stats = cache.stats()
     assert (stats.pending_saves, stats.dropped_saves) == (4, 2 + 3)
-    assert cache.host.match(CHAIN.hashes) == 6
-    assert cache.host.match(other.hashes) == 3
+    assert num_in_host(cache, CHAIN.hashes) == 6
+    assert num_in_host(cache, other.hashes) == 3
     assert not cache.flush(0.01)
     gate.open()
     assert cache.flush(WAIT_S)
@@ -111,7 +108,7 @@ def test_blocks_waiting_to_be_written_are_not_evicted() -> None:
     gate.open()
     assert cache.flush(WAIT_S)
     buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in CHAIN.hashes]
-    assert store.read_into(CHAIN.hashes, buffers) == 6
+    assert len(store.read_into(CHAIN.hashes, buffers)) == 6
     assert [bytes(b) for b in buffers] == [payload_of(h) for h in CHAIN.hashes]
     cache.close()
 
@@ -122,6 +119,7 @@ def test_a_dead_store_cannot_pin_more_than_half_of_the_host_tier() -> None:
     cache = make_cache(store, num_slots=12, clock=clock)
     for start in range(0, 40, 4):
         save(cache, chain_of(4, first_token=100 * start), 0, 4)
+        await_published(cache)
         assert cache.stats().pending_saves == min(start + 4, 6)
         assert cache.stats().host.leased_slots <= 6
     assert cache.stats().dropped_saves == 40 - 6
@@ -216,7 +214,7 @@ def test_queued_runs_that_continue_each_other_are_written_as_one() -> None:
         gate()
 
     store.on_write = hold
-    host = LocalHostTier(200 * 4096, BLOCK_BYTES)
+    host = make_host(200)
     with saving(host, store, num_threads=1) as queue:
         put(queue, host, other, 0, 1)
         gate.wait_entered()
@@ -228,7 +226,7 @@ def test_queued_runs_that_continue_each_other_are_written_as_one() -> None:
         assert queue.counts == SaveCounts(saved=71, dropped=0, pending=0)
     assert store.match(chain.hashes) == 70
     buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in chain.hashes]
-    assert store.read_into(chain.hashes, buffers) == 70
+    assert len(store.read_into(chain.hashes, buffers)) == 70
     assert [bytes(b) for b in buffers] == [payload_of(h) for h in chain.hashes]
     assert host.stats().leased_slots == 0
 
@@ -237,7 +235,7 @@ def test_several_runs_are_written_at_once_but_never_two_of_one_beginning() -> No
     """Two objects of one name would replace each other in an object store."""
     store, gate = ScriptedStore(), Gate()
     store.on_write = gate
-    host = LocalHostTier(64 * 4096, BLOCK_BYTES)
+    host = make_host()
     with saving(host, store, num_threads=9) as queue:
         for length in (3, 4):
             put(queue, host, chain_of(length), 0, length)
@@ -259,23 +257,25 @@ def test_several_runs_are_written_at_once_but_never_two_of_one_beginning() -> No
 
 
 @contextmanager
-def saving(host: LocalHostTier, store: ScriptedStore, num_threads: int) -> Iterator[SaveQueue]:
-    guard = StoreGuard("writing", WAIT_S, FaultLog(logging.getLogger("test")), time.monotonic)
-    queue = SaveQueue(host, store, guard, 1 << 20, num_threads)
+def saving(host: HostTier, store: ScriptedStore, num_threads: int) -> Iterator[SaveQueue]:
+    faults = FaultLog(logging.getLogger("test"))
+    tiers = TieredStore([store], CacheConfig(store="memory://"), faults, time.monotonic)
+    assert tiers.shared is not None
+    queue = SaveQueue(host, tiers.shared, 1000, num_threads)
     try:
         yield queue
     finally:
         queue.close()
+        tiers.close_threads()
 
 
-def put(
-    queue: SaveQueue, host: LocalHostTier, chain: BlockHashChain, start: int, stop: int
-) -> None:
+def put(queue: SaveQueue, host: HostTier, chain: BlockHashChain, start: int, stop: int) -> None:
     hashes = chain.hashes[start:stop]
     slots = host.reserve(len(hashes))
     for slot, block_hash in zip(slots, hashes, strict=True):
         host.buffer(slot)[:] = payload_of(block_hash)
-    queue.put(host.commit(slots, hashes), chain.parent_of(start), hashes)
+    lease = host.commit(slots, NewRun(chain.parent_of(start), tuple(hashes)))
+    queue.put(lease, chain.parent_of(start), hashes)
 
 
 def test_a_read_only_store_is_read_and_never_written() -> None:
@@ -283,9 +283,9 @@ def test_a_read_only_store_is_read_and_never_written() -> None:
     store.read_only = True
     cache = make_cache(store)
     save(cache, CHAIN, 0, 6)
-    assert cache.flush(0)
+    assert cache.flush(WAIT_S)
     assert store.num_writes == 0
-    assert cache.host.match(CHAIN.hashes) == 6
+    assert num_in_host(cache, CHAIN.hashes) == 6
     assert cache.stats().host.leased_slots == 0
     cache.close()
 
@@ -304,7 +304,7 @@ def test_a_store_that_turns_out_read_only_is_tried_once(caplog: pytest.LogCaptur
         clock.now_s += 100
     assert store.num_writes == 1
     assert cache.stats().dropped_saves == 3
-    assert "saving ends here" in caplog.text
+    assert "saving ends" in caplog.text
     cache.close()
 
 
@@ -320,6 +320,7 @@ def test_closing_drops_what_is_queued_and_gives_all_leases_back() -> None:
     cache.close()
     save(cache, chain_of(1, first_token=700), 0, 1)
     stats = cache.stats()
+    assert stats.host.reserved_slots == 0
     assert stats.pending_saves == 0
     assert stats.saved_blocks + stats.dropped_saves == 7
     assert stats.host.leased_slots == 0
@@ -329,10 +330,10 @@ def test_a_process_that_forgets_to_close_ends_even_while_the_store_hangs() -> No
     """The write never returns; the interpreter must end all the same, without a crash."""
     script = """
 import threading
-import shared_cache.fetching, shared_cache.saving
-from tests.shared_cache.fakes import ScriptedStore, chain_of, make_cache
-from tests.shared_cache.test_saving import save
-shared_cache.saving.CLOSE_TIMEOUT_S = shared_cache.fetching.CLOSE_TIMEOUT_S = 0.2
+import shared_cache.publishing, shared_cache.saving, shared_cache.tiers
+from tests.shared_cache.fakes import ScriptedStore, chain_of, make_cache, save_blocks
+for module in (shared_cache.publishing, shared_cache.saving, shared_cache.tiers):
+    module.CLOSE_TIMEOUT_S = 0.2
 store = ScriptedStore()
 entered = threading.Event()
 def hang(_):
@@ -340,7 +341,7 @@ def hang(_):
     threading.Event().wait()
 store.on_write = store.on_read = hang
 cache = make_cache(store)
-save(cache, chain_of(3), 0, 3)
+save_blocks(cache, chain_of(3), 0, 3)
 assert entered.wait(10)
 print("done")
 """

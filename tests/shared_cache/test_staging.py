@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from shared_cache.errors import StoreUnavailableError
-from shared_cache.fetching import BLOCKS_PER_PIECE, Ticket
+from shared_cache.fetch_state import Ticket
 from shared_cache.fs_store import open_store
+from shared_cache.pieces import BLOCKS_PER_PIECE
 from shared_cache.staging import SharedCache, StagedPrefix
 from tests.shared_cache.fakes import (
     BLOCK_BYTES,
@@ -21,6 +22,7 @@ from tests.shared_cache.fakes import (
     chain_of,
     fill_host,
     make_cache,
+    num_in_host,
     payload_of,
     run_of,
 )
@@ -169,7 +171,7 @@ def test_a_store_that_claims_more_than_was_asked_for_is_not_believed(
     store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_into = store.read_into
-    monkeypatch.setattr(store, "read_into", lambda *args: read_into(*args) + 5)
+    monkeypatch.setattr(store, "read_into", lambda *args: (*read_into(*args), 1, 2, 3))
     store.on_match = lambda hashes: 10**9
     cache = make_cache(store)
     check(cache, cache.stage(HASHES), 20)
@@ -254,7 +256,7 @@ def test_deadline_zero_returns_at_once_but_starts_the_fetch(store: ScriptedStore
 def test_a_hanging_store_costs_a_deadline_and_then_nothing(store: ScriptedStore) -> None:
     clock, gate = FakeClock(), Gate()
     store.on_match = gate
-    cache = make_cache(store, clock=clock, store_timeout_s=30, io_threads=1)
+    cache = make_cache(store, clock=clock, tier={"timeout_s": 30}, io_threads=1)
     check(cache, cache.stage(HASHES, deadline_s=0.02), 0)
     gate.wait_entered()
     clock.now_s += 30
@@ -366,7 +368,7 @@ def test_staging_evicts_nothing_that_another_request_holds(store: ScriptedStore)
     held = cache.host.lease(other.hashes)
     staged = cache.stage(HASHES)
     assert staged.num_blocks == 4
-    assert cache.host.match(other.hashes) == 8
+    assert num_in_host(cache, other.hashes) == 8
     cache.host.release(held)
     check(cache, staged, 4)
     cache.close()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,17 +56,17 @@ def full(
 
     def arrange(protocol: str, code: int) -> None:
         error = OSError(code, os.strerror(code))
-        writev = os.writev
+        pwritev = os.pwritev
 
-        def fail(descriptor: int, buffers: list[memoryview]) -> int:
+        def fail(descriptor: int, buffers: list[memoryview], position: int) -> int:
             raise error
 
-        def write_some(descriptor: int, buffers: list[memoryview]) -> int:
-            monkeypatch.setattr(os, "writev", fail)
-            return writev(descriptor, [buffers[0][: buffers[0].nbytes // 2]])
+        def write_some(descriptor: int, buffers: list[memoryview], position: int) -> int:
+            monkeypatch.setattr(os, "pwritev", fail)
+            return pwritev(descriptor, [buffers[0][: buffers[0].nbytes // 2]], position)
 
         if protocol == "file":
-            monkeypatch.setattr(os, "writev", write_some)
+            monkeypatch.setattr(os, "pwritev", write_some)
         elif protocol == "mounted":
             monkeypatch.setattr(fake_file_systems.PlainWriter, "write", write_then_fail(error))
         else:
@@ -107,6 +108,25 @@ def test_a_full_store_shows_nothing_half(
     assert read_all(store, stored.hashes) == payloads_of(stored.hashes)
     monkeypatch.undo()
     assert store.write(run_of(lost)) == 3
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where files are allocated before they are written."""
+    store = open_store(f"file://{tmp_path}", NAMESPACE)
+    store._medium._allocates_ahead = True
+
+    def refuse(descriptor: int, start: int, num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refuse)
+        patch.setattr(os, "pwritev", lambda *_: pytest.fail("written"))
+        with pytest.raises(StoreFullError, match="no room left"):
+            store.write(run_of(chain_of(3)))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert store.write(run_of(chain_of(3))) == 3
 
 
 @pytest.mark.parametrize("protocol", ["file", "mounted", "faulty"])
@@ -277,6 +297,8 @@ class TestWrongSettings:
         missing = {"class": "kvcommons_no_such_module.S3", "err": "Install s3fs"}
         monkeypatch.setitem(known_implementations, "s3", missing)
         monkeypatch.delitem(_registry, "s3", raising=False)
+        monkeypatch.setitem(sys.modules, "obstore", None)
+        monkeypatch.delitem(sys.modules, "shared_cache.object_medium", raising=False)
         with pytest.raises(ConfigError, match=r"pip install 'kvcommons\[s3\]'"):
             open_store("s3://bucket/folder", NAMESPACE)
 

@@ -51,17 +51,20 @@ class StoreMachine(RuleBasedStateMachine):
     def make_url(self) -> str:
         raise NotImplementedError
 
+    def open(self) -> FsBlockStore:
+        return open_store(self.url, NAMESPACE)
+
     @initialize()
     def begin(self) -> None:
         self.url = self.make_url()
-        self.store: FsBlockStore = open_store(self.url, NAMESPACE)
+        self.store = self.open()
         self.objects: dict[str, tuple[BlockHash, ...]] = {}
         self.damaged: set[str] = set()
         self.has_stale_hints = False
 
     def path(self, name: str) -> str:
         root = fsspec.url_to_fs(self.url)[1]
-        return f"{root}/v1/{NAMESPACE.fingerprint}/{name}"
+        return f"{root}/v2/{NAMESPACE.fingerprint}/{name}"
 
     def name_of(self, block_hash: BlockHash) -> str:
         return f"{block_hash.hex()[:2]}/{block_hash.hex()}.arrow"
@@ -121,7 +124,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not self.has_stale_hints:
             assert num_found <= self.most_match(hashes)
         self.note_removals()
-        assert open_store(self.url, NAMESPACE).match(hashes) >= self.least_match(hashes)
+        assert self.open().match(hashes) >= self.least_match(hashes)
         self.has_stale_hints |= self.note_removals()
 
     @rule(chain=chains, start=lengths)
@@ -137,7 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
     def delete(self, name: str, by_another_process: bool) -> None:
         if name not in self.objects:
             return
-        store = open_store(self.url, NAMESPACE) if by_another_process else self.store
+        store = self.open() if by_another_process else self.store
         store.delete(name)
         self.has_stale_hints |= by_another_process
         del self.objects[name]
@@ -157,7 +160,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(with_listing=st.booleans())
     def reopen(self, with_listing: bool) -> None:
-        self.store = open_store(self.url, NAMESPACE)
+        self.store = self.open()
         self.has_stale_hints = False
         if with_listing:
             listed = {entry.name: entry.hashes for entry in self.store.entries()}
@@ -189,6 +192,13 @@ class LocalMachine(StoreMachine):
             shutil.rmtree(self.folder)
 
 
+class RecyclingMachine(LocalMachine):
+    """Deleted files are overwritten by the next objects; compressed ones have any size."""
+
+    def open(self) -> FsBlockStore:
+        return open_store(self.url, NAMESPACE, codec="shuffle-zstd", spare_bytes=1 << 20)
+
+
 class ObjectsMachine(StoreMachine):
     def make_url(self) -> str:
         return f"memory:///{uuid.uuid4().hex}"
@@ -202,5 +212,7 @@ class ObjectsMachine(StoreMachine):
 SETTINGS = settings(max_examples=60, stateful_step_count=20, deadline=None)
 TestLocalMachine = LocalMachine.TestCase
 TestLocalMachine.settings = SETTINGS
+TestRecyclingMachine = RecyclingMachine.TestCase
+TestRecyclingMachine.settings = SETTINGS
 TestObjectsMachine = ObjectsMachine.TestCase
 TestObjectsMachine.settings = SETTINGS

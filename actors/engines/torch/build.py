@@ -8,12 +8,13 @@ from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.engine import TorchEngine
 from actors.engines.torch.model import LoadedModel, allocate_pool, block_layout, load_model
-from shared_cache.config import CacheConfig
+from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.connector.scheduler import SharedCacheScheduler
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.errors import ConfigError
 from shared_cache.namespace import Namespace
-from shared_cache.staging import SharedCache, open_cache
+from shared_cache.opening import open_cache
+from shared_cache.staging import SharedCache
 
 
 def build_torch_engine(config: ReplicaConfig) -> TorchEngine:
@@ -64,10 +65,14 @@ def _connector(cache: SharedCache, pool: PagedPool) -> ConnectorDriver:
 
 def _cache_config(config: ReplicaConfig) -> CacheConfig | None:
     """The cache section, or a host tier of this engine alone, or nothing."""
-    host_cache_size = config.engine.kv_cache_config.host_cache_size
-    if config.cache is None and host_cache_size:
-        return CacheConfig(store=None, host_bytes=host_cache_size)
-    return config.cache
+    engine, kv = config.engine, config.engine.kv_cache_config
+    if config.cache is None and kv.host_cache_size:
+        return CacheConfig(host=HostConfig(scope="process", bytes=kv.host_cache_size))
+    if config.cache is None:
+        return None
+    # What every request of a turn fills: its share of the turn's tokens, and a block begun before.
+    blocks_per_turn = engine.max_num_tokens // kv.tokens_per_block + engine.max_batch_size
+    return config.cache.with_reserve_ahead(2 * blocks_per_turn)
 
 
 def _check(engine: EngineConfig, cache: CacheConfig | None) -> None:

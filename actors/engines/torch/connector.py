@@ -82,6 +82,20 @@ class ConnectorDriver:
         """The forward pass was put on `stream`: save what it completes."""
         self._worker.wait_for_save(stream)
 
+    def timed(self, items: tuple[Scheduled, ...], seconds: float) -> None:
+        """What the model took for a turn, copies not counted: what computing costs.
+
+        Turns that mix prompts and decoding tell neither.
+        """
+        num_decoding = sum(item.sequence.is_decoding for item in items)
+        if self.cache is None:
+            return
+        if not num_decoding:
+            spans = [(item.start, item.num_tokens) for item in items]
+            self.cache.gate.saw_prefill(spans, seconds)
+        elif num_decoding == len(items):
+            self.cache.turn_budget.saw_decode_turn(seconds)
+
     def finished(self, sequence: Sequence, slots: list[int]) -> list[int]:
         """End a request that had slots; those that may be released now, the others come later."""
         if not self._scheduler.request_finished(sequence, slots):

@@ -1,5 +1,6 @@
 """Turns a decided turn into one forward pass and the tokens that the model chooses."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -27,6 +28,7 @@ class Runner:
         self._pool = pool
         self._connector = connector
         self._is_cuda = pool.tensor.is_cuda
+        self._is_idle = True  # the device has finished all turns so far
 
     def warm_up(self) -> None:
         """One tiny pass, so that the first request does not pay for lazy initialisation."""
@@ -45,12 +47,20 @@ class Runner:
             self._connector.begin_pass(turn.items, stream)
         # Not before: a fresh slot's last block may still be on its way to the host, and `stream`
         # waits for that in `begin_pass`.
+        began_idle, started_s = self._is_idle, time.perf_counter()
         self._clear(turn.fresh_slots)
         items = sorted(turn.items, key=lambda item: _span(item).group_key)
         logits = self._forward(items, stream)
+        launched_s = time.perf_counter()
         if self._connector is not None:
             self._connector.end_pass(stream)
-        return _choose(items, logits, samplers)
+        saved_s = time.perf_counter()
+        choices = _choose(items, logits, samplers)  # waits for the device if anything samples
+        self._is_idle = bool(choices) or not self._is_cuda
+        if self._connector is not None and began_idle and self._is_idle:
+            seconds = launched_s - started_s + time.perf_counter() - saved_s
+            self._connector.timed(turn.items, seconds)
+        return choices
 
     def _forward(self, items: Sequence[Scheduled], stream: object) -> torch.Tensor:
         """Logits of every place where a token is chosen, in the order of `items`."""

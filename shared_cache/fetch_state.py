@@ -1,0 +1,161 @@
+"""What is known of blocks on their way: one record per run, shared by all who want its blocks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from shared_cache.cost import GateDecision
+from shared_cache.hashing import BlockHash, ReuseScope
+from shared_cache.host.interface import HostLease, HostTier
+from shared_cache.pieces import BLOCKS_PER_PIECE
+from shared_cache.tier_speeds import TierBlocks
+from shared_cache.tiers import Tier
+
+Limit = Callable[[int, TierBlocks], GateDecision]
+"""How many blocks of those that a tier has, behind so many of the prompt, are to be fetched."""
+
+
+@dataclass(eq=False, slots=True)
+class Fetch:
+    """One run on its way; the fetcher's lock guards all that changes.
+
+    `chain` goes from the prompt's first block to the run's last one, which begins at `start`: a
+    store that never saw the run finds it by the object that it lies in, which may begin earlier.
+    All other positions are counted from `start`. `sources` says up to where which tier has the run;
+    of it `num_worth` blocks are worth fetching and `num_wanted` are fetched: those behind only
+    measure a tier. `num_awaited` are waited for; None as long as more may be found. `num_arrived`
+    leading blocks are in host memory, leased by this fetch; it holds its leases until it is done
+    and nobody uses it any more. `read` are the blocks that a tier delivered. `jobs` are the tiers
+    that it waits for.
+    """
+
+    chain: tuple[BlockHash, ...]
+    start: int
+    scope: ReuseScope
+    limit: Limit
+    num_worth: int = 0
+    num_wanted: int = 0
+    num_awaited: int | None = None
+    num_arrived: int = 0
+    num_submitted: int = 0
+    is_cut_short: bool = False
+    is_done: bool = False
+    is_abandoned: bool = False
+    num_users: int = 0
+    jobs: list[Tier] = field(default_factory=list)
+    sources: list[tuple[Tier, int]] = field(default_factory=list)
+    decisions: list["Decided"] = field(default_factory=list)
+    read: set[BlockHash] = field(default_factory=set)
+    leases: list[HostLease] = field(default_factory=list)
+    finished_pieces: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def hashes(self) -> tuple[BlockHash, ...]:
+        """The blocks of the run."""
+        return self.chain[self.start :]
+
+    def is_decided(self, num_blocks: int) -> bool:
+        """Whether it is known how many of the first `num_blocks` blocks arrive."""
+        if self.num_awaited is not None:
+            num_blocks = min(num_blocks, self.num_awaited)
+        return self.is_done or self.num_arrived >= num_blocks
+
+    def next_piece(self) -> tuple[Tier, int, int] | None:
+        """The tier and the place of the next blocks to read; None when there are none now."""
+        start = self.num_submitted
+        if start >= self.num_wanted:
+            return None
+        tier, end = next((tier, end) for tier, end in self.sources if end > start)
+        return tier, start, min(start + BLOCKS_PER_PIECE, end, self.num_wanted)
+
+    def finished(self, start: int, end: int, num_here: int) -> None:
+        """A piece ended with `num_here` blocks; advances over pieces that are complete in order."""
+        self.finished_pieces[start] = num_here
+        if start + num_here < end:
+            self.is_cut_short = True
+            self.num_wanted = min(self.num_wanted, start + num_here)
+        while more := self.finished_pieces.pop(self.num_arrived, 0):
+            self.num_arrived += more
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What was decided, at which time, about the blocks up to `end` of a run."""
+
+    decision: GateDecision
+    since_s: float
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request's interest in the first `num_wanted` blocks of a fetch."""
+
+    fetch: Fetch
+    num_wanted: int
+
+
+@dataclass(slots=True)
+class Fetched:
+    """What a request got: leased by the fetcher until the request leaves."""
+
+    tickets: list[Ticket] = field(default_factory=list)
+    is_decided: bool = True
+
+    @property
+    def delivered(self) -> set[BlockHash]:
+        """The blocks of these fetches that a tier has delivered so far."""
+        return set().union(*(ticket.fetch.read for ticket in self.tickets))
+
+
+class InFlight:
+    """Which blocks are on their way, in which fetch. Not thread-safe: the fetcher's lock guards it.
+
+    A fetch belongs here until it is `finished`; its leases end when nobody uses it any more either.
+    """
+
+    def __init__(self, host: HostTier) -> None:
+        self._host = host
+        self._fetches: dict[BlockHash, tuple[Fetch, int]] = {}
+
+    def all(self) -> list[Fetch]:
+        """Every fetch that is not finished, once."""
+        return list({id(fetch): fetch for fetch, _ in self._fetches.values()}.values())
+
+    def runs(self, chain: Sequence[BlockHash], start: int) -> list[tuple[Fetch | None, int]]:
+        """`chain` from `start` on as runs: in which fetch each is (None: in none), and its end."""
+        runs = []
+        for fetch, group in groupby(chain[start:], lambda h: self._fetches.get(h, (None, 0))[0]):
+            start += sum(1 for _ in group)
+            runs.append((fetch, start))
+        return runs
+
+    def add(self, fetch: Fetch) -> None:
+        """These blocks, none of which is in another fetch, are on their way from now on."""
+        self._fetches.update((h, (fetch, index)) for index, h in enumerate(fetch.hashes))
+
+    def ticket(self, last: BlockHash) -> Ticket:
+        """A new user's interest in a fetch up to its block `last`."""
+        fetch, index = self._fetches[last]
+        fetch.num_users += 1
+        return Ticket(fetch, index + 1)
+
+    def give_up(self, ticket: Ticket) -> None:
+        """One user less."""
+        ticket.fetch.num_users -= 1
+        self.release_unused(ticket.fetch)
+
+    def finish(self, fetch: Fetch) -> None:
+        """No block of this fetch is waited for any more."""
+        if not fetch.is_done:
+            fetch.is_done = True
+            for block_hash in fetch.hashes:
+                del self._fetches[block_hash]
+        self.release_unused(fetch)
+
+    def release_unused(self, fetch: Fetch) -> None:
+        """End the leases of a finished fetch that nobody uses; call it after adding some."""
+        if fetch.is_done and not fetch.num_users:
+            for lease in fetch.leases:
+                self._host.release(lease)
+            fetch.leases.clear()

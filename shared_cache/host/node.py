@@ -1,0 +1,259 @@
+"""The host tier that all processes of a node share, as one of them has it.
+
+Bytes are copied to and from the mapped arena by whoever needs them; the owner is asked only who may
+do so. What the engine's step needs was asked for before: leases are counted here, and slots for new
+blocks are taken from a stock. When the owner is away there are misses and dropped saves, nothing
+else; what is leased stays readable, as nobody gives those slots to others.
+"""
+
+import logging
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from shared_cache.checksum import block_checksum
+from shared_cache.config import HostConfig
+from shared_cache.faults import FaultLog
+from shared_cache.hashing import BlockHash
+from shared_cache.host import protocol as wire
+from shared_cache.host.connection import AwayError
+from shared_cache.host.folder import open_folder
+from shared_cache.host.interface import (
+    HostClaim,
+    HostLease,
+    HostStats,
+    HostTier,
+    MemoryHook,
+    NewRun,
+)
+from shared_cache.host.journal import EventKind
+from shared_cache.host.mapping import ExtentWatch, MappedArena
+from shared_cache.host.protocol import pack_hashes, unpack_hashes
+from shared_cache.host.requests import NO_LEASE, REQUEST_TIMEOUT_S, OwnerRequests
+from shared_cache.host.session import OwnerSession, SessionTerms
+from shared_cache.host.terms import StoreAdmission
+
+logger = logging.getLogger(__name__)
+
+NO_CLAIM = HostClaim(NO_LEASE, ())
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEvents:
+    """What happened to blocks, from event number `first` on; go on with `next`.
+
+    A `first` that is not the number asked for means that events between are forgotten.
+    """
+
+    first: int
+    next: int
+    events: tuple[tuple[EventKind, BlockHash], ...]
+
+
+def open_node_tier(
+    config: HostConfig,
+    namespace_fingerprint: str,
+    block_bytes: int,
+    admission: StoreAdmission = "always",
+) -> "NodeHostTier":
+    """The node's host tier for one namespace; its owner is started if `config` allows.
+
+    Raises `ConfigError` when there is no owner, or it cannot serve such blocks.
+    """
+    faults = FaultLog(logger)
+    terms = SessionTerms(open_folder(config), config, namespace_fingerprint, block_bytes, admission)
+    session = OwnerSession(terms, ExtentWatch(faults), faults)
+    try:
+        session.open()
+    except BaseException:
+        session.close()
+        raise
+    requests = OwnerRequests(session, faults, verify=config.verify_every_load)
+    return NodeHostTier(session, requests, faults)
+
+
+class NodeHostTier(HostTier):
+    """One process's view of the arena that its node shares; made by `open_node_tier`."""
+
+    def __init__(self, session: OwnerSession, requests: OwnerRequests, faults: FaultLog) -> None:
+        arena = session.arenas[0]
+        self._session = session
+        self._requests = requests
+        self._faults = faults
+        self._num_slots = arena.num_slots
+        self._block_bytes = arena.block_bytes
+        empty = HostStats(self._num_slots, self._num_slots, 0, 0, 0, 0, self._block_bytes)
+        self._last_stats = replace(empty, is_connected=False)
+
+    @property
+    def num_slots(self) -> int:
+        """See `HostTier.num_slots`."""
+        return self._num_slots
+
+    @property
+    def block_bytes(self) -> int:
+        """See `HostTier.block_bytes`."""
+        return self._block_bytes
+
+    @property
+    def num_faults(self) -> int:
+        """Requests that failed or were not answered in time."""
+        return self._faults.num_faults
+
+    def lease(self, hashes: Sequence[BlockHash], first: int = 0) -> HostLease:
+        """See `HostTier.lease`."""
+        requests, link = self._requests, self._session.link
+        granted = requests.ask(link, wire.Lease(0, pack_hashes(hashes), first), wire.Granted)
+        wanted = hashes[first:]
+        return requests.verified(link, wanted, requests.take(link, wanted, granted))
+
+    def lease_held(self, hashes: Sequence[BlockHash]) -> HostLease:
+        """See `HostTier.lease_held`."""
+        with self._session.lock:
+            return HostLease(*self._session.holdings.lease_again(hashes))
+
+    def release(self, lease: HostLease) -> None:
+        """See `HostTier.release`."""
+        session = self._session
+        with session.lock:
+            session.tell_ended(*session.holdings.release(lease.lease_id))
+
+    def claim(self, hashes: Sequence[BlockHash], wait_s: float = 0.0) -> HostClaim:
+        """See `HostTier.claim`."""
+        session, requests, link = self._session, self._requests, self._session.link
+        request = wire.Claim(0, pack_hashes(hashes), wait_s)
+        claimed = requests.ask(link, request, wire.Claimed, REQUEST_TIMEOUT_S + wait_s)
+        arena = requests.arena_of(link)
+        if claimed is None or arena is None:
+            return NO_CLAIM
+        slots = arena.numbered(claimed.reserved)
+        session.extents.show(arena, slots)
+        with session.lock:
+            if session.link is not link:
+                return NO_CLAIM
+            session.holdings.reserve(slots)
+        granted = wire.Granted(0, claimed.slots, claimed.to_store, claimed.num_from_peers)
+        lease = requests.verified(link, hashes, requests.take(link, hashes, granted))
+        if len(lease.slots) == len(claimed.slots):
+            return HostClaim(lease, slots, claimed.is_coming)
+        self.cancel(slots)  # they are for blocks behind one that is damaged or was lost just now
+        return HostClaim(lease, ())
+
+    def reserve(self, num_slots: int) -> tuple[int, ...]:
+        """See `HostTier.reserve`."""
+        session = self._session
+        with session.lock:
+            slots = session.stock.take(num_slots)
+            session.holdings.reserve(slots)
+            is_low = session.stock.is_low
+        if is_low and session.link is not None:
+            session.link.wake()
+        return slots
+
+    def commit(self, slots: Sequence[int], run: NewRun) -> HostLease:
+        """See `HostTier.commit`."""
+        session = self._session
+        if len(slots) != len(run.hashes) or len(run.checksums) not in (0, len(slots)):
+            raise ValueError(
+                f"{len(slots)} slots, {len(run.hashes)} hashes, {len(run.checksums)} checksums"
+            )
+        with session.lock:
+            session.holdings.check_reserved(slots)
+        checksums = run.checksums or [
+            block_checksum(block_hash, self.buffer(slot))
+            for block_hash, slot in zip(run.hashes, slots, strict=True)
+        ]
+        with session.lock:
+            link, arena = session.link, session.arenas[0]
+            counted = session.holdings.end_reservation(slots)
+        if not slots:
+            return NO_LEASE
+        try:
+            if len(counted) < len(slots):
+                raise AwayError  # the owner that these slots are from has gone
+            request = _commit_request([slot - arena.base for slot in slots], run, checksums)
+            granted = self._requests.ask_now(link, request, wire.Granted)
+        except AwayError:
+            with session.lock:
+                if session.link is link and session.arenas[0] is arena:
+                    session.tell_ended([], counted)
+            return NO_LEASE
+        return self._requests.take(link, run.hashes, granted)
+
+    def cancel(self, slots: Sequence[int]) -> None:
+        """See `HostTier.cancel`; raises `ValueError` for slots that are not reserved."""
+        session = self._session
+        with session.lock:
+            session.tell_ended([], session.holdings.end_reservation(slots))
+
+    def stored(self, hashes: Sequence[BlockHash], is_stored: bool) -> None:
+        """See `HostTier.stored`."""
+        packed, link = pack_hashes(hashes), self._session.link
+        if link is not None and packed:
+            link.tell(wire.Notice(stored=packed) if is_stored else wire.Notice(not_stored=packed))
+
+    def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
+        """See `HostTier.pin`."""
+        request = wire.Pin(0, pack_hashes(hashes), ttl_s)
+        pinned = self._requests.ask(self._session.link, request, wire.Count)
+        return pinned.num_blocks if pinned is not None else 0
+
+    def drop(self, hashes: Sequence[BlockHash]) -> int:
+        """See `HostTier.drop`."""
+        request = wire.Drop(0, pack_hashes(hashes))
+        dropped = self._requests.ask(self._session.link, request, wire.Count)
+        return dropped.num_blocks if dropped is not None else 0
+
+    def buffer(self, slot: int) -> memoryview:
+        """See `HostTier.buffer`."""
+        return self._arena_with(slot).buffer(slot)
+
+    def checksum(self, slot: int) -> int:
+        """See `HostTier.checksum`."""
+        return self._arena_with(slot).checksum(slot)
+
+    def stats(self) -> HostStats:
+        """See `HostTier.stats`; while the owner is away, what it said last."""
+        reply = self._requests.ask(self._session.link, wire.GetStats(0), wire.Stats)
+        if reply is None:
+            return replace(self._last_stats, is_connected=False)
+        self._last_stats = reply.stats
+        return reply.stats
+
+    def events(self, since: int = 0) -> BlockEvents | None:
+        """What happened to this namespace's blocks from event `since` on; None: owner away."""
+        reply = self._requests.ask(self._session.link, wire.GetEvents(0, since), wire.Events)
+        if reply is None:
+            return None
+        kinds = [EventKind(kind) for kind in reply.kinds]
+        events = tuple(zip(kinds, unpack_hashes(reply.hashes), strict=True))
+        return BlockEvents(reply.first, reply.next, events)
+
+    def show_memory(self, hook: MemoryHook) -> None:
+        """See `HostTier.show_memory`; extent by extent, as they come into use."""
+        self._session.extents.show_to(hook, self._session.arenas)
+
+    def close(self) -> None:
+        """See `HostTier.close`."""
+        self._session.close()
+
+    def _arena_with(self, slot: int) -> MappedArena:
+        arenas = self._session.arenas
+        first = arenas[0]
+        if first.base <= slot < first.end:
+            return first
+        return next((arena for arena in arenas if arena.base <= slot < arena.end), first)
+
+
+def _commit_request(slots: list[int], run: NewRun, checksums: Sequence[int]) -> wire.Commit:
+    return wire.Commit(
+        0,
+        slots,
+        run.parent,
+        pack_hashes(run.hashes),
+        struct.pack(f"<{len(checksums)}Q", *checksums),
+        run.tenant,
+        run.is_stored,
+        run.retention.priority,
+        run.retention.ttl_s,
+    )

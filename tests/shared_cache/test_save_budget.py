@@ -1,0 +1,110 @@
+"""Copies of new blocks keep to their part of a turn: the rest waits, or is counted as lost."""
+
+import pytest
+
+from shared_cache.connector.plan import RequestLedger
+from shared_cache.connector.transfers import SaveRun
+from shared_cache.hashing import block_hashes
+from shared_cache.host.interface import HostLease
+from tests.shared_cache.fakes import WAIT_S, FakeClock, make_cache, num_in_host
+from tests.shared_cache.mini_engine import SIZE, MiniEngine, MiniRequest
+from tests.shared_cache.test_plan import SIZE as BLOCK
+from tests.shared_cache.test_plan import chain, first, later
+
+NO_LEASE = HostLease(0, ())
+
+
+@pytest.fixture
+def ledger() -> RequestLedger:
+    ledger = RequestLedger(BLOCK, FakeClock())
+    for id_, num_tokens in ((1, 5 * BLOCK), (2, 3 * BLOCK)):
+        ledger.matched(id_, chain(num_tokens), 0, NO_LEASE, tenant=b"payer")
+    return ledger
+
+
+def places(runs: tuple[SaveRun, ...]) -> list[tuple[int, int]]:
+    """Where each run begins in its request, and how long it is."""
+    return [(run.first, len(run.device_blocks)) for run in runs]
+
+
+def test_blocks_beyond_the_limit_wait_for_later_turns_in_order(ledger: RequestLedger) -> None:
+    new = [first(1, 5 * BLOCK, 0, 5 * BLOCK), first(2, 3 * BLOCK, 0, 3 * BLOCK, start=50)]
+    ledger.begin_turn(new)
+    one = ledger.take_saves(new, [], max_blocks=2)
+    assert places(one) == [(0, 2)]
+    cached = [later(1, 5 * BLOCK), later(2, 3 * BLOCK)]
+    ledger.begin_turn([])
+    two = ledger.take_saves([], cached, max_blocks=4)
+    assert places(two) == [(2, 3), (0, 1)]
+    assert two[0].parent == one[0].hashes[-1]
+    assert list(two[0].device_blocks) == [102, 103, 104]
+    ledger.begin_turn([])
+    three = ledger.take_saves([], [later(1, 5 * BLOCK + 1), later(2, 3 * BLOCK + 1)])
+    assert places(three) == [(1, 2)]
+    assert three[0].hashes == tuple(chain(3 * BLOCK).hashes[1:])
+    assert {run.tenant for run in (*one, *two, *three)} == {b"payer"}
+    for id_ in (1, 2):
+        ledger.forget(id_)
+    assert ledger.take_lost() == 0
+
+
+def test_with_no_room_at_all_nothing_is_saved_and_nothing_forgotten(ledger: RequestLedger) -> None:
+    new = [first(1, 5 * BLOCK, 0, 5 * BLOCK)]
+    ledger.begin_turn(new)
+    assert ledger.take_saves(new, [], max_blocks=0) == ()
+    ledger.begin_turn([])
+    assert places(ledger.take_saves([], [later(1, 5 * BLOCK)])) == [(0, 5)]
+
+
+def test_what_waits_when_its_request_ends_is_lost_and_told_once(ledger: RequestLedger) -> None:
+    new = [first(1, 5 * BLOCK, 0, 5 * BLOCK)]
+    ledger.begin_turn(new)
+    ledger.take_saves(new, [], max_blocks=2)
+    ledger.forget(1)
+    assert (ledger.take_lost(), ledger.take_lost()) == (3, 0)
+
+
+def test_what_was_not_computed_is_not_lost(ledger: RequestLedger) -> None:
+    new = [first(1, 5 * BLOCK, 0, 2 * BLOCK + 1)]
+    ledger.begin_turn(new)
+    assert places(ledger.take_saves(new, [])) == [(0, 2)]
+    ledger.forget(1)
+    assert ledger.take_lost() == 0
+
+
+def test_a_turn_decodes_when_any_request_is_behind_its_prompt(ledger: RequestLedger) -> None:
+    assert not ledger.is_decoding([])
+    assert not ledger.is_decoding([later(1, 4 * BLOCK), later(99, 10**6)])
+    assert ledger.is_decoding([later(1, 4 * BLOCK), later(2, 3 * BLOCK)])
+
+
+def test_while_others_decode_a_long_prompt_is_saved_bit_by_bit() -> None:
+    """Everything is loaded right again in the end: the engine checks what it attends to."""
+    cache = make_cache(None)
+    engine = MiniEngine(cache)
+    decoding = MiniRequest(1, list(range(500, 500 + SIZE)))
+    engine.start(decoding)
+    engine.turn(new=(decoding,))
+    engine.turn(decoding)
+    for _ in range(16):
+        cache.turn_budget.saw_decode_turn(1.0)
+        cache.turn_budget.saw_copies(1, 0.05)  # at most a tenth of a turn: two blocks
+    prompt = list(range(8 * SIZE + 1))
+    long = MiniRequest(2, list(prompt))
+    engine.start(long)
+    engine.turn(decoding, new=(long,))
+    assert cache.flush(WAIT_S)
+    saved = [num_in_host(cache, block_hashes(prompt, SIZE))]
+    for _ in range(2):
+        cache.turn_budget.saw_copies(16, 0.05 * 16)
+        engine.turn(decoding, long)
+        assert cache.flush(WAIT_S)
+        saved.append(num_in_host(cache, block_hashes(prompt, SIZE)))
+    assert saved[0] < saved[1] < saved[2] < 8
+    engine.finish(decoding)
+    engine.finish(long)
+    assert cache.stats().dropped_saves == 8 - saved[2]
+    again = MiniRequest(3, list(prompt))
+    assert engine.run(again) == saved[2] * SIZE
+    assert engine.scheduler.connector_faults == 0
+    cache.close()
