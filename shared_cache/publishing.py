@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared_cache.cost import CostGate
 from shared_cache.faults import FaultLog
@@ -18,6 +18,9 @@ from shared_cache.host.interface import HostLease, HostTier, NewRun
 from shared_cache.saving import SaveCounts
 from shared_cache.sinks import consecutive, make_sinks, part
 from shared_cache.tiers import CLOSE_TIMEOUT_S, Tier, TieredStore, TierStats
+
+MERGED_BLOCKS = 256
+"""Runs that continue each other are committed together, up to so many blocks."""
 
 NEAR_FLUSH_S = 1.0
 """How long a flush waits for tiers whose blocks can be had from the shared tier too."""
@@ -27,12 +30,34 @@ NEAR_FLUSH_S = 1.0
 class _Written:
     """Reserved slots that hold the blocks of `run`, the `first`th of its prompt and those behind.
 
-    To be committed.
+    To be committed. It stands for `num_jobs` that were queued.
     """
 
     slots: tuple[int, ...]
     run: NewRun
     first: int
+    num_jobs: int = 1
+
+    def takes(self, other: "_Written") -> bool:
+        """Whether `other` continues this run, and both together are small enough."""
+        ours, theirs = self.run, other.run
+        return (
+            theirs.parent == ours.hashes[-1]
+            and len(self.slots) + len(other.slots) <= MERGED_BLOCKS
+            and (theirs.tenant, theirs.is_stored) == (ours.tenant, ours.is_stored)
+            and theirs.retention == ours.retention
+            and bool(theirs.checksums) == bool(ours.checksums)
+        )
+
+    def merged(self, other: "_Written") -> "_Written":
+        ours, theirs = self.run, other.run
+        run = replace(
+            ours,
+            hashes=ours.hashes + theirs.hashes,
+            checksums=ours.checksums + theirs.checksums,
+        )
+        num_jobs = self.num_jobs + other.num_jobs
+        return _Written(self.slots + other.slots, run, self.first, num_jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +201,27 @@ class Publisher:
                 self._done(job)
 
     def _next(self) -> _Written | _Duty | None:
+        """The next job, with those behind it that continue its run: one question to the owner."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._jobs)
-            return None if self._is_closed else self._jobs.popleft()
+            if self._is_closed:
+                return None
+            job = self._jobs.popleft()
+            while isinstance(job, _Written) and self._jobs:
+                following = self._jobs[0]
+                if not isinstance(following, _Written) or not job.takes(following):
+                    break
+                job = job.merged(following)
+                self._jobs.popleft()
+            return job
 
     def _done(self, job: _Written | _Duty) -> None:
         with self._changed:
-            self._num_jobs -= 1
             if isinstance(job, _Written):
+                self._num_jobs -= job.num_jobs
                 self._num_unpublished -= len(job.slots)
             else:
+                self._num_jobs -= 1
                 self._num_owed -= len(job.run.hashes)
             self._changed.notify_all()
 

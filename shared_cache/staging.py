@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from shared_cache.cache_stats import CacheStats
-from shared_cache.checksum import block_checksum
 from shared_cache.config import CacheConfig
 from shared_cache.cost import CostGate, GateDecision
 from shared_cache.errors import CorruptBlockError
@@ -25,6 +24,7 @@ from shared_cache.faults import Clock, FaultLog
 from shared_cache.fetching import Fetcher
 from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
 from shared_cache.host.interface import HostLease, HostTier, NewRun
+from shared_cache.integrity import num_intact
 from shared_cache.pacing import BandwidthLimit, TurnBudget
 from shared_cache.pieces import BLOCKS_PER_PIECE, PieceReader
 from shared_cache.publishing import Publisher
@@ -262,8 +262,10 @@ class SharedCache:
         """`staged` up to the first block from `start` on that is damaged, where that is checked."""
         if not self._verifies:
             return staged
-        index = _first_damaged(self.host, staged, hashes, start)
-        if index is None:
+        slots = staged.lease.slots[start - staged.first :]
+        buffers, checksums = map(self.host.buffer, slots), map(self.host.checksum, slots)
+        index = start + num_intact(hashes[start : staged.end], list(buffers), list(checksums))
+        if index == staged.end:
             return staged
         damage = CorruptBlockError(f"block {hashes[index].hex()} is damaged")
         self._faults.record("the host tier", damage)
@@ -271,17 +273,6 @@ class SharedCache:
         self.host.release(staged.lease)
         self.host.drop([hashes[index]])
         return replace(staged, lease=good)
-
-
-def _first_damaged(
-    host: HostTier, staged: StagedPrefix, hashes: Sequence[BlockHash], start: int
-) -> int | None:
-    """The first staged block from `start` on whose bytes are not those that were published."""
-    for index in range(start, staged.end):
-        slot = staged.lease.slots[index - staged.first]
-        if block_checksum(hashes[index], host.buffer(slot)) != host.checksum(slot):
-            return index
-    return None
 
 
 def _parent(hashes: Sequence[BlockHash], first: int, scope: ReuseScope) -> BlockHash:

@@ -10,14 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from benchmarks.cases.rounds import Moves, Payload, new_names
-from benchmarks.rivals.workload import PREFIX_BLOCKS
-from shared_cache.checksum import block_checksum
+from benchmarks.rivals.workload import PREFIX_BLOCKS, REQUEST_BLOCKS, Bytes
 from shared_cache.config import CacheConfig, HostConfig
+from shared_cache.connector.copier import BlockCopier, make_copier
 from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.host.interface import NewRun
 from shared_cache.namespace import BlockLayout, Namespace
@@ -30,8 +31,8 @@ LAYOUTS = {
     "4MiB": BlockLayout(32, 2, 8, 32, 128, "bfloat16"),
 }
 ROOT_HASH = ReuseScope().root_hash()
-RESERVE_AHEAD = 64
-"""A prefix; the smallest arena whose rules allow that has eight times as many blocks."""
+RESERVE_AHEAD = 128
+"""Two turns of 2,048 tokens; an arena that allows that has eight times as many blocks."""
 
 WAIT_S = 0.0001
 """For the thread that reserves ahead."""
@@ -106,36 +107,44 @@ def commit_in_background(cache: SharedCache, slots: Sequence[int], run: NewRun) 
 def save(
     cache: SharedCache,
     names: Sequence[BlockHash],
-    payloads: Sequence[memoryview],
+    source: BlockCopier,
+    rows: Sequence[int],
     publish: Publish = commit,
+    parent: BlockHash = ROOT_HASH,
 ) -> None:
-    """Put consecutive blocks as the connector does: reserve, copy and checksum each, publish."""
+    """Put consecutive blocks as the connector does: reserve, copy and checksum, publish."""
     host, done = cache.host, 0
     while done < len(names):
         slots = host.reserve(len(names) - done)
         if not slots:  # they are reserved ahead by a thread
             time.sleep(WAIT_S)
             continue
-        end = done + len(slots)
-        checksums = []
-        for slot, name, payload in zip(slots, names[done:end], payloads[done:end], strict=True):
-            np.copyto(np.frombuffer(host.buffer(slot), np.uint8), np.frombuffer(payload, np.uint8))
-            checksums.append(block_checksum(name, payload))
-        parent = names[done - 1] if done else ROOT_HASH
-        run = NewRun(parent, tuple(names[done:end]), checksums=tuple(checksums))
-        publish(cache, slots, run)
-        done = end
+        part = slice(done, done + len(slots))
+        run = NewRun(names[done - 1] if done else parent, tuple(names[part]))
+
+        def on_done(_: float, checksums: Sequence[int], slots=slots, run=run) -> None:
+            publish(cache, slots, replace(run, checksums=tuple(checksums)))
+
+        buffers = map(host.buffer, slots)
+        source.save(list(zip(buffers, rows[part], names[part], strict=True)), None, on_done)
+        done = part.stop
 
 
-def load(cache: SharedCache, names: Sequence[BlockHash], targets: Sequence[memoryview]) -> None:
+def load(
+    cache: SharedCache, names: Sequence[BlockHash], pool: BlockCopier, rows: Sequence[int]
+) -> None:
     """Get one request's blocks: lease (and verify, if configured), copy, end the lease."""
     staged = cache.lease(names)
     if staged.num_blocks != len(names):
         raise SystemExit(f"only {staged.num_blocks} of {len(names)} blocks are in the arena")
-    for slot, target in zip(staged.lease.slots, targets, strict=True):
-        buffer = cache.host.buffer(slot)
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(buffer, np.uint8))
+    buffers = map(cache.host.buffer, staged.lease.slots)
+    pool.load(list(zip(buffers, rows, strict=True)), None)
     cache.release(staged)
+
+
+def copier(blocks: Bytes) -> BlockCopier:
+    """The connector's copier for a pool of blocks."""
+    return make_copier(torch.from_numpy(blocks))
 
 
 class Arena(Moves):
@@ -156,27 +165,25 @@ class Arena(Moves):
         self._cache = cache
         self._publish = publish
         self._batch = batch
-        self._names: list[tuple[BlockHash, ...]] = []
+        self._source, self._pool = copier(payload.source), copier(payload.pool)
+        self._names: tuple[BlockHash, ...] = ()
         self._fill()
 
     def before_put(self, round_number: int) -> None:
-        self._names = [
-            new_names(f"{self.name} {round_number} {blocks.start}", len(blocks))
-            for blocks in self.payload.prefixes()
-        ]
+        self._names = new_names(f"{self.name} {round_number}", self.payload.num_blocks)
 
     def _put(self) -> None:
-        for names, blocks in zip(self._names, self.payload.prefixes(), strict=True):
-            for start in range(0, len(blocks), self._batch):
-                part = slice(start, start + self._batch)
-                payloads = self.payload.payloads(blocks[part])
-                save(self._cache, names[part], payloads, self._publish)
+        for blocks in self.payload.prefixes(self._batch):
+            names = self._names[blocks.start : blocks.stop]
+            parent = self._names[blocks.start - 1] if blocks.start else ROOT_HASH
+            save(self._cache, names, self._source, blocks, self._publish, parent)
         if not self._cache.flush(FLUSH_S):
             raise SystemExit("blocks were not published in time")
 
     def _get(self) -> None:
-        for names, blocks in zip(self._names, self.payload.prefixes(), strict=True):
-            load(self._cache, names, self.payload.targets(blocks))
+        for blocks in self.payload.prefixes(REQUEST_BLOCKS):
+            names = self._names[blocks.start : blocks.stop]
+            load(self._cache, names, self._pool, self.payload.slots[blocks.start : blocks.stop])
 
     def _fill(self) -> None:
         """Until something is evicted, so that all of the arena's memory has been touched."""
@@ -184,5 +191,5 @@ class Arena(Moves):
         while not self._cache.host.stats().evicted_blocks:
             blocks = range(min(PREFIX_BLOCKS, self.payload.num_blocks))
             names = new_names(f"fill {number}", len(blocks))
-            save(self._cache, names, self.payload.payloads(blocks))
+            save(self._cache, names, self._source, blocks)
             number += 1

@@ -8,7 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases.arena import host_config, namespace, opened, owned, save, shared_folder
+from benchmarks.cases.arena import (
+    copier,
+    host_config,
+    namespace,
+    opened,
+    owned,
+    save,
+    shared_folder,
+)
 from benchmarks.cases.rounds import TURN_BLOCKS, Payload, new_names
 from benchmarks.rivals.workload import PREFIX_BLOCKS
 from shared_cache.hashing import BlockHash
@@ -43,8 +51,9 @@ def measure_calls(num_tries: int, seconds: float) -> dict[str, float]:
 
 def _save_all(cache: SharedCache, names: Sequence[BlockHash]) -> None:
     payload = Payload(namespace(SIZE).layout.block_bytes, TURN_BLOCKS)
+    source = copier(payload.source)
     for start in range(0, len(names), TURN_BLOCKS):
-        save(cache, names[start : start + TURN_BLOCKS], payload.payloads(range(TURN_BLOCKS)))
+        save(cache, names[start : start + TURN_BLOCKS], source, range(TURN_BLOCKS))
 
 
 def _stage_ms(cache: SharedCache, names: Sequence[BlockHash], num_tries: int) -> float:

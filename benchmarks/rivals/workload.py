@@ -16,7 +16,10 @@ import numpy as np
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 PREFIX_BLOCKS = 64
-"""Blocks of one request's prefix: 2048 tokens."""
+"""Blocks that are put at a time, or that one small request has: 2,048 tokens."""
+
+REQUEST_BLOCKS = 256
+"""Blocks of one request's prefix that are got: 8,192 tokens."""
 
 
 class Workload:

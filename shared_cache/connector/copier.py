@@ -10,15 +10,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
+from shared_cache.parallel import run_all
 
 logger = logging.getLogger(__name__)
+
+BLOCKS_PER_PART = 8
+"""Copied by one thread at a time: few enough to spread a turn's blocks, enough to be worth it."""
 
 _FOR_ALL_DEVICES = 1
 """cudaHostRegisterPortable: threads that register may have another current device."""
@@ -28,6 +33,8 @@ BlockCopy = tuple[memoryview, int]
 
 BlockSave = tuple[memoryview, int, BlockHash]
 """The same for a block to save, with its name."""
+
+Copy = TypeVar("Copy")
 
 OnDone = Callable[[float, Sequence[int]], None]
 """Called when blocks are saved, with the seconds of copying and the blocks' checksums."""
@@ -55,10 +62,10 @@ def make_copier(pool: torch.Tensor) -> BlockCopier:
 
 
 class CpuCopier:
-    """One memcpy per block on the calling thread.
+    """Plain copies, some blocks a thread.
 
-    Through numpy: torch's `copy_` spreads a block over its threads, which is slower than one
-    memcpy as soon as another thread computes.
+    Through numpy: torch's `copy_` spreads every single block over its threads, which is slower than
+    one memcpy as soon as another thread computes.
     """
 
     def __init__(self, pool: torch.Tensor) -> None:
@@ -66,24 +73,35 @@ class CpuCopier:
 
     def load(self, copies: Sequence[BlockCopy], stream: Any) -> None:
         """See `BlockCopier.load`."""
-        for buffer, block in copies:
-            np.copyto(self._rows[block], np.frombuffer(buffer, np.uint8))
+        run_all([partial(self._load, part) for part in _parts(copies)])
 
     def save(self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone) -> None:
         """See `BlockCopier.save`; checksums are made while a block is in the CPU's cache."""
         start_s = time.perf_counter()
-        checksums = []
-        for buffer, block, name in copies:
-            row = self._rows[block]
-            np.copyto(np.frombuffer(buffer, np.uint8), row)
-            checksums.append(block_checksum(name, memoryview(row)))
-        on_done(time.perf_counter() - start_s, checksums)
+        checksums = run_all([partial(self._save, part) for part in _parts(copies)])
+        on_done(time.perf_counter() - start_s, [one for part in checksums for one in part])
 
     def prepare(self, memory: memoryview) -> None:
         """See `BlockCopier.prepare`: memory is memory to a CPU."""
 
     def close(self) -> None:
         """See `BlockCopier.close`."""
+
+    def _load(self, copies: Sequence[BlockCopy]) -> None:
+        for buffer, block in copies:
+            np.copyto(self._rows[block], np.frombuffer(buffer, np.uint8))
+
+    def _save(self, copies: Sequence[BlockSave]) -> list[int]:
+        checksums = []
+        for buffer, block, name in copies:
+            row = self._rows[block]
+            np.copyto(np.frombuffer(buffer, np.uint8), row)
+            checksums.append(block_checksum(name, memoryview(row)))
+        return checksums
+
+
+def _parts(copies: Sequence[Copy]) -> list[Sequence[Copy]]:
+    return [copies[i : i + BLOCKS_PER_PART] for i in range(0, len(copies), BLOCKS_PER_PART)]
 
 
 class CudaCopier:

@@ -41,7 +41,8 @@ class _Request:
     """One request: what the device had, what we promised beyond it, and how far it is saved.
 
     `lease` covers the promised blocks, first slot first, until the turn that loads them. Blocks
-    before `next_save` are saved, or need not be; those from there to `num_savable` wait for it.
+    before `next_save` are saved, or need not be; those from there to `num_savable` wait for it,
+    and those before `num_proven` are of turns that went well.
     """
 
     chain: BlockHashChain
@@ -52,6 +53,7 @@ class _Request:
     lease: HostLease | None
     next_save: int
     num_savable: int
+    num_proven: int
     seen_turn: int
     seen_s: float
     is_reported: bool = False
@@ -79,6 +81,7 @@ class RequestLedger:
         self._requests: dict[int, _Request] = {}
         self._load_leases: list[_LoadLease] = []
         self._released: list[HostLease] = []
+        self._early_saves: list[SaveRun] = []
         self._num_lost = 0
 
     def __len__(self) -> int:
@@ -120,6 +123,7 @@ class RequestLedger:
             lease=lease if promised else None,
             next_save=next_save,
             num_savable=next_save,
+            num_proven=next_save,
             seen_turn=self._turn,
             seen_s=self._clock(),
         )
@@ -170,8 +174,28 @@ class RequestLedger:
                         max_blocks -= len(run.device_blocks)
         return tuple(runs)
 
+    def finish(self, request_id: int) -> None:
+        """The request has ended, and its blocks are free; see `take_early_saves`, and `forget`.
+
+        Only blocks of turns before its last one are sure to be computed: it may have ended because
+        that one failed.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            run = self._save(request, request.num_proven)
+            self._early_saves += [run] if run else []
+        self.forget(request_id)
+
+    def take_early_saves(self) -> tuple[SaveRun, ...]:
+        """Blocks of ended requests, to be copied before anything writes to them; each given once.
+
+        To be asked in the turn after they ended: before it nothing has.
+        """
+        runs, self._early_saves = tuple(self._early_saves), []
+        return runs
+
     def forget(self, request_id: int) -> None:
-        """The request is over, or none of ours; unknown ids are ignored.
+        """The request is none of ours any more; unknown ids are ignored.
 
         The lease of a load of an earlier turn ends now: the engine has seen that turn's result.
         """
@@ -224,8 +248,12 @@ class RequestLedger:
         request.chain.extend(report.new_tokens[num_known_tokens:])
         num_valid_blocks = self._num_valid_tokens(request, report, is_new) // self._tokens_per_block
         num_savable = min(num_valid_blocks, len(request.chain.hashes), len(request.block_ids))
+        request.num_proven = request.num_savable
         request.num_savable = max(request.num_savable, num_savable)
-        return self._save(request, max_blocks)
+        stop = request.num_savable
+        if max_blocks is not None:
+            stop = min(stop, request.next_save + max_blocks)
+        return self._save(request, stop)
 
     def _num_valid_tokens(self, request: _Request, report: ReportedRequest, is_new: bool) -> int:
         """Tokens whose KV is valid after this turn's forward pass.
@@ -237,10 +265,8 @@ class RequestLedger:
             valid_before = request.num_device_tokens + request.num_promised_tokens
         return valid_before + report.num_scheduled_tokens
 
-    def _save(self, request: _Request, max_blocks: int | None) -> SaveRun | None:
-        start, stop = request.next_save, request.num_savable
-        if max_blocks is not None:
-            stop = min(stop, start + max_blocks)
+    def _save(self, request: _Request, stop: int) -> SaveRun | None:
+        start = request.next_save
         if stop <= start:
             return None
         request.next_save = stop

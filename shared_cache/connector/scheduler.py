@@ -83,16 +83,20 @@ class SharedCacheScheduler:
         computed; to go on would let it attend to garbage, and save it for everybody else.
         """
         saves: tuple[SaveRun, ...] = ()
+        early_saves = self._ledger.take_early_saves()
         loads = self._ledger.begin_turn(scheduler_output.new_requests)
         with self._faults.caught("the build hook"):
             saves = self._take_saves(scheduler_output)
             self._release()
-        return TransferPlan(loads, saves)
+        return TransferPlan(loads, saves, early_saves)
 
     def request_finished(self, request: ConnectorRequest, cache_block_ids: list[int]) -> bool:
-        """Always False: what was saved is copied already, so blocks may be freed at once."""
+        """Always False, so blocks may be freed at once: what waits is copied before the next turn.
+
+        Nothing writes to the device between this and that turn's `start_load_kv`.
+        """
         with self._faults.caught("the finish hook"):
-            self._ledger.forget(request.request_id)
+            self._ledger.finish(request.request_id)
             self._release()
         return False
 

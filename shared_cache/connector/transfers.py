@@ -41,10 +41,15 @@ class SaveRun:
 
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """What the workers are to copy in one turn. Picklable and small: it is broadcast every turn."""
+    """What the workers are to copy in one turn. Picklable and small: it is broadcast every turn.
+
+    `early_saves` are of requests that have ended: copied before the loads and the forward pass,
+    which may write to those blocks. `saves` are copied after the pass that completes them.
+    """
 
     packed_loads: bytes = b""
     saves: tuple[SaveRun, ...] = ()
+    early_saves: tuple[SaveRun, ...] = ()
 
     @property
     def loads(self) -> Sequence[tuple[int, int]]:

@@ -74,7 +74,13 @@ class SharedCacheWorker:
         self._plan = metadata if isinstance(metadata, TransferPlan) else TransferPlan()
 
     def start_load_kv(self, stream: Any) -> None:
-        """Copy the plan's loads into the pool, ordered before the forward pass on `stream`."""
+        """Copy the plan's loads into the pool, ordered before the forward pass on `stream`.
+
+        Before that, what ended requests have left to save.
+        """
+        if self._plan.early_saves and self._copier is not None:
+            with self._faults.caught("the save hook"):
+                self._save(self._copier, self._plan.early_saves, stream)
         copies = [(self._cache.host.buffer(slot), block) for slot, block in self._plan.loads]
         if self._copier is not None:
             self._copier.load(copies, stream)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from shared_cache.checksum import block_checksum
 from shared_cache.faults import FaultLog
 from shared_cache.hashing import BlockHash
 from shared_cache.host import protocol as wire
@@ -18,6 +17,7 @@ from shared_cache.host.interface import HostLease
 from shared_cache.host.mapping import MappedArena
 from shared_cache.host.protocol import pack_hashes
 from shared_cache.host.session import OwnerSession
+from shared_cache.integrity import num_intact
 
 REQUEST_TIMEOUT_S = 1.0
 NO_LEASE = HostLease(0, ())
@@ -98,13 +98,10 @@ class OwnerRequests:
         arena = self.arena_of(link)
         if not self._verify or arena is None:
             return lease
-        num_good = next(
-            (
-                index
-                for index, (name, slot) in enumerate(zip(hashes, lease.slots, strict=False))
-                if block_checksum(name, arena.buffer(slot)) != arena.checksum(slot)
-            ),
-            len(lease.slots),
+        num_good = num_intact(
+            hashes[: len(lease.slots)],
+            [arena.buffer(slot) for slot in lease.slots],
+            [arena.checksum(slot) for slot in lease.slots],
         )
         if num_good == len(lease.slots):
             return lease

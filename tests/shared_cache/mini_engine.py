@@ -59,6 +59,7 @@ class MiniEngine:
         self.pool = torch.zeros((num_blocks, *LAYOUT.shape), dtype=torch.float32)
         self.rows = self.pool.view(num_blocks, -1).view(torch.uint8).numpy()
         self.free = list(range(num_blocks))
+        self.stale: list[int] = []
         self.scheduler = SharedCacheScheduler(cache, SIZE)
         self.worker = SharedCacheWorker(cache)
         self.worker.register_kv_caches(self.pool)
@@ -89,24 +90,27 @@ class MiniEngine:
         plan = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(output)))
         self.worker.bind_connector_meta(plan)
         self.worker.start_load_kv(None)
+        for block in self.stale:
+            if block in self.free:
+                self.rows[block] = 0xEE
+        self.stale.clear()
         for request, num_scheduled in scheduled:
             self._forward(request, num_scheduled)
         self.worker.wait_for_save(None)
         assert self.worker.get_finished([], []) == ([], [])
 
     def finish(self, request: MiniRequest) -> None:
-        """Free the blocks and scribble over them, as their next owner will.
-
-        What was saved is in the host tier afterwards.
-        """
+        """Free the blocks; what was saved is in the host tier afterwards."""
         assert self.scheduler.request_finished(request, list(request.blocks)) is False
         self.abort(request)
         await_published(self.cache)
 
     def abort(self, request: MiniRequest) -> None:
-        """The engine forgets the request without a word to the connector."""
-        for block in request.blocks:
-            self.rows[block] = 0xEE
+        """The engine forgets the request without a word to the connector.
+
+        Its blocks are scribbled over where their next owner may write: in the next forward pass.
+        """
+        self.stale += request.blocks
         self.free += request.blocks
         request.blocks = []
 
