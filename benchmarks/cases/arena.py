@@ -126,8 +126,12 @@ def save(
             publish(cache, slots, replace(run, checksums=tuple(checksums)))
 
         buffers = map(host.buffer, slots)
-        source.save(list(zip(buffers, rows[part], names[part], strict=True)), None, on_done)
+        source.save(list(zip(buffers, rows[part], names[part], strict=True)), None, on_done, _fail)
         done = part.stop
+
+
+def _fail(error: Exception) -> None:
+    raise SystemExit(f"copying failed: {error}")
 
 
 def load(

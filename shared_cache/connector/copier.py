@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -36,6 +37,9 @@ BlockSave = tuple[memoryview, int, BlockHash]
 
 Copy = TypeVar("Copy")
 
+OnFailed = Callable[[Exception], None]
+"""Called instead when that failed, with the error."""
+
 OnDone = Callable[[float, Sequence[int]], None]
 """Called when blocks are saved, with the seconds of copying and the blocks' checksums."""
 
@@ -46,8 +50,14 @@ class BlockCopier(Protocol):
     def load(self, copies: Sequence[BlockCopy], stream: Any) -> None:
         """Copy host -> device, done before anything that is enqueued on `stream` afterwards."""
 
-    def save(self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone) -> None:
-        """Copy device -> host after what is enqueued on `stream`; then call `on_done` once."""
+    def save(
+        self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone, on_failed: OnFailed
+    ) -> None:
+        """Copy device -> host after what is enqueued on `stream`; then call `on_done` once.
+
+        Instead `on_failed` is called once, perhaps by another thread, when nothing more will be
+        written to the host; nothing is raised.
+        """
 
     def prepare(self, memory: memoryview) -> None:
         """Make copies from and to this host memory fast; not called in the step."""
@@ -75,10 +85,16 @@ class CpuCopier:
         """See `BlockCopier.load`."""
         run_all([partial(self._load, part) for part in _parts(copies)])
 
-    def save(self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone) -> None:
+    def save(
+        self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone, on_failed: OnFailed
+    ) -> None:
         """See `BlockCopier.save`; checksums are made while a block is in the CPU's cache."""
         start_s = time.perf_counter()
-        checksums = run_all([partial(self._save, part) for part in _parts(copies)])
+        try:
+            checksums = run_all([partial(self._save, part) for part in _parts(copies)])
+        except Exception as error:  # whatever it is, nothing is written any more
+            on_failed(error)
+            return
         on_done(time.perf_counter() - start_s, [one for part in checksums for one in part])
 
     def prepare(self, memory: memoryview) -> None:
@@ -121,7 +137,9 @@ class CudaCopier:
         self._load_stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._save_stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._last_save: torch.cuda.Event | None = None
-        self._registered: list[int] = []
+        # With the memory itself: were it unmapped, the driver would take whatever comes to lie at
+        # that address for it, and copy old bytes.
+        self._registered: list[tuple[int, memoryview]] = []
         self._saves: queue.SimpleQueue[_RunningSave | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._finish, name="kvcommons-copied", daemon=True)
         self._thread.start()
@@ -139,8 +157,23 @@ class CudaCopier:
                     self._pool[block].copy_(host, non_blocking=True)
             stream.wait_stream(self._load_stream)
 
-    def save(self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone) -> None:
+    def save(
+        self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone, on_failed: OnFailed
+    ) -> None:
         """See `BlockCopier.save`."""
+        try:
+            start, end = self._copy_out(copies, stream)
+        except Exception as error:
+            with suppress(RuntimeError):  # a broken device writes nothing any more
+                self._save_stream.synchronize()
+            on_failed(error)
+            return
+        self._last_save = end
+        self._saves.put(_RunningSave(start, end, copies, on_done, on_failed))
+
+    def _copy_out(
+        self, copies: Sequence[BlockSave], stream: Any
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         self._save_stream.wait_stream(stream)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._save_stream):
@@ -149,8 +182,7 @@ class CudaCopier:
                 host = torch.frombuffer(buffer, dtype=torch.uint8)
                 host.copy_(self._pool[block], non_blocking=True)
             end.record(self._save_stream)
-        self._last_save = end
-        self._saves.put(_RunningSave(start, end, copies, on_done))
+        return start, end
 
     def prepare(self, memory: memoryview) -> None:
         """See `BlockCopier.prepare`: pins it, so that the device copies by itself.
@@ -164,7 +196,7 @@ class CudaCopier:
                 f"the driver does not pin {memory.nbytes} bytes of the host tier (CUDA error "
                 f"{int(error)}): loads and saves are slower; raise the limit of locked memory"
             )
-        self._registered.append(address)
+        self._registered.append((address, memory))
 
     def close(self) -> None:
         """See `BlockCopier.close`."""
@@ -172,7 +204,8 @@ class CudaCopier:
         self._thread.join()
         torch.cuda.synchronize(self._pool.device)
         while self._registered:
-            _cuda_runtime().cudaHostUnregister(self._registered.pop())
+            address, _ = self._registered.pop()
+            _cuda_runtime().cudaHostUnregister(address)
 
     def _finish(self) -> None:
         while (save := self._saves.get()) is not None:
@@ -185,15 +218,17 @@ class _RunningSave:
     end: torch.cuda.Event
     copies: Sequence[BlockSave]
     on_done: OnDone
+    on_failed: OnFailed
 
     def finish(self) -> None:
-        """Wait for the copies, then report them; an error is logged, as the engine goes on."""
+        """Wait for the copies, then tell; an error of the device is told, not raised."""
         try:
             self.end.synchronize()
-            checksums = [block_checksum(name, buffer) for buffer, _, name in self.copies]
-            self.on_done(self.start.elapsed_time(self.end) / 1000, checksums)
-        except Exception:
-            logger.exception("a save from the device failed")
+            seconds = self.start.elapsed_time(self.end) / 1000
+        except RuntimeError as error:
+            self.on_failed(error)
+            return
+        self.on_done(seconds, [block_checksum(name, buffer) for buffer, _, name in self.copies])
 
 
 def _cuda_runtime() -> Any:

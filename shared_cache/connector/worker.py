@@ -121,11 +121,11 @@ class SharedCacheWorker:
                 reserved.append((run, slots))
                 buffers = map(self._cache.host.buffer, slots)
                 copies += zip(buffers, run.device_blocks, run.hashes, strict=False)
-            copier.save(copies, stream, partial(self._copied, reserved))
         except BaseException:
-            # What is published has left `reserved`, and its slots belong to the host tier.
-            self._cache.host.cancel([slot for _, slots in reserved for slot in slots])
+            self._give_back(reserved)
             raise
+        copied, failed = partial(self._copied, reserved), partial(self._failed, reserved)
+        copier.save(copies, stream, copied, failed)
 
     def _copied(
         self, reserved: list[ReservedRun], seconds: float, checksums: Sequence[int]
@@ -133,12 +133,27 @@ class SharedCacheWorker:
         """Publish run after run, each taken out of `reserved` before; none stops the next one."""
         self._cache.turn_budget.saw_copies(len(checksums), seconds)
         done = 0
-        while reserved:
-            run, slots = reserved.pop(0)
-            if slots:
-                with self._faults.caught("publishing a save"):
-                    self._publish_run(run, slots, tuple(checksums[done : done + len(slots)]))
-            done += len(slots)
+        try:
+            while reserved:
+                run, slots = reserved.pop(0)
+                if slots:
+                    with self._faults.caught("publishing a save"):
+                        self._publish_run(run, slots, tuple(checksums[done : done + len(slots)]))
+                done += len(slots)
+        except BaseException:  # an interrupt: what is not published yet is still ours
+            self._give_back(reserved)
+            raise
+
+    def _failed(self, reserved: list[ReservedRun], error: Exception) -> None:
+        self._faults.record("copying blocks to host memory", error)
+        self._give_back(reserved)
+
+    def _give_back(self, reserved: list[ReservedRun]) -> None:
+        """Nothing is written to these slots any more; their blocks count as dropped."""
+        slots = [slot for _, slots in reserved for slot in slots]
+        reserved.clear()
+        self._cache.host.cancel(slots)
+        self._cache.lose(len(slots))
 
     def _publish_run(
         self, run: SaveRun, slots: tuple[int, ...], checksums: tuple[int, ...]

@@ -10,6 +10,7 @@ from benchmarks.cases.arena import Arena, namespace
 from benchmarks.cases.comparisons import Found
 from benchmarks.cases.disk import ColdStore, DirectFile, Store, has_direct_io, store_in
 from benchmarks.cases.rounds import BLOCK_SIZES, Memcpy, Method, Payload, compare, new_names
+from benchmarks.gpu import link
 from shared_cache.config import CacheConfig
 from shared_cache.namespace import BlockLayout, Namespace
 from shared_cache.opening import open_cache
@@ -132,3 +133,9 @@ def spoil(host, label):
     for slot in lease.slots:
         host.buffer(slot)[0] ^= 1
     host.release(lease)
+
+
+def test_the_gpu_benchmark_of_the_link_runs_dry_on_a_cpu():
+    found = link.measure(num_blocks=6, num_rounds=1, device="cpu")
+    assert set(found["gb_per_s"]) == {"link_save", "save", "link_load", "load"}
+    assert all(speed > 0 for speed in found["gb_per_s"].values())

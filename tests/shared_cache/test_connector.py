@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -206,6 +206,34 @@ def test_saves_that_find_no_slot_are_dropped_from_the_end_and_counted() -> None:
     cache.host.cancel(held)
     assert engine.run(MiniRequest(2, list(PROMPT))) == 16
     assert num_in_host(cache, block_hashes(PROMPT, SIZE)) == 7
+    cache.close()
+
+
+def test_copies_off_the_device_that_fail_give_their_slots_back_and_are_counted() -> None:
+    cache = make_cache(None, num_slots=20)
+    engine = MiniEngine(cache)
+    good, calls = engine.worker._copier, []
+
+    class Broken:
+        """A device that fails when blocks are copied off it."""
+
+        def load(self, copies: object, stream: object) -> None:
+            assert not copies
+
+        def save(
+            self, copies: object, stream: object, on_done: object, on_failed: Callable[..., None]
+        ) -> None:
+            calls.append(copies)
+            on_failed(RuntimeError("the device is gone"))
+
+    engine.worker._copier = Broken()  # type: ignore[assignment]
+    engine.run(MiniRequest(1, list(PROMPT)))
+    assert len(calls) == 1
+    assert (cache.stats().dropped_saves, cache.stats().host.reserved_slots) == (7, 0)
+    assert engine.worker.connector_faults == 1
+    engine.worker._copier = good
+    assert engine.run(MiniRequest(2, list(PROMPT))) == 0
+    assert engine.run(MiniRequest(3, list(PROMPT))) == 28, "the next one is saved"
     cache.close()
 
 
