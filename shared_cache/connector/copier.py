@@ -23,8 +23,8 @@ from shared_cache.parallel import run_all
 
 logger = logging.getLogger(__name__)
 
-BLOCKS_PER_PART = 8
-"""Copied by one thread at a time: few enough to spread a turn's blocks, enough to be worth it."""
+BYTES_PER_PART = 8 << 20
+"""Copied by one thread at a time: enough to be worth it, few enough to spread a turn's blocks."""
 
 _FOR_ALL_DEVICES = 1
 """cudaHostRegisterPortable: threads that register may have another current device."""
@@ -80,10 +80,11 @@ class CpuCopier:
 
     def __init__(self, pool: torch.Tensor) -> None:
         self._rows = pool.numpy()
+        self._block_bytes = pool.shape[1]
 
     def load(self, copies: Sequence[BlockCopy], stream: Any) -> None:
         """See `BlockCopier.load`."""
-        run_all([partial(self._load, part) for part in _parts(copies)])
+        run_all([partial(self._load, part) for part in _parts(copies, self._block_bytes)])
 
     def save(
         self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone, on_failed: OnFailed
@@ -91,7 +92,9 @@ class CpuCopier:
         """See `BlockCopier.save`; checksums are made while a block is in the CPU's cache."""
         start_s = time.perf_counter()
         try:
-            checksums = run_all([partial(self._save, part) for part in _parts(copies)])
+            checksums = run_all(
+                [partial(self._save, part) for part in _parts(copies, self._block_bytes)]
+            )
         except Exception as error:  # whatever it is, nothing is written any more
             on_failed(error)
             return
@@ -116,8 +119,9 @@ class CpuCopier:
         return checksums
 
 
-def _parts(copies: Sequence[Copy]) -> list[Sequence[Copy]]:
-    return [copies[i : i + BLOCKS_PER_PART] for i in range(0, len(copies), BLOCKS_PER_PART)]
+def _parts(copies: Sequence[Copy], block_bytes: int) -> list[Sequence[Copy]]:
+    step = max(1, BYTES_PER_PART // block_bytes)
+    return [copies[start : start + step] for start in range(0, len(copies), step)]
 
 
 class CudaCopier:
