@@ -126,15 +126,14 @@ class StagingQueue:
             if fetching is not None:
                 try:
                     staged = await self._grown(wanted, fetching, held)
-                    await held.enter_async_context(self._places)
                 finally:
                     self._fetching.release()
-                return staged
-            wanted.cache.miss_deadline()
-            staged = await self._leased(wanted, held)
-        ready = await self._at_head(self._places, wanted, staged, held)
+            else:
+                wanted.cache.miss_deadline()
+                staged = await self._leased(wanted, held)
+        ready = await self._at_head(self._places, wanted, staged, held) or NOTHING
         held.callback(self._places.release)
-        return ready or NOTHING
+        return replace(ready, fetched=staged.fetched)
 
     async def _at_head(
         self,
@@ -212,7 +211,7 @@ async def _result(
         is_taken = result.done()
         return result.result() if is_taken else NOTHING
     finally:
-        if not is_taken:
+        if not (is_taken or running.cancel()):
             running.add_done_callback(partial(_release_late, cache))
 
 

@@ -131,15 +131,16 @@ class EngineReplica:
             max_total_tokens=engine.max_total_tokens,
         )
 
-    def stats(self) -> ReplicaStats:
+    async def stats(self) -> ReplicaStats:
         """A snapshot of the replica, its engine and its part of the cache."""
         engine = self._built()
+        cache = engine.cache if engine else None
         return ReplicaStats(
             health=self.health(),
             uptime_s=self._clock() - self._started_s,
             num_outstanding=self._num_outstanding,
             engine=engine.stats() if engine else None,
-            cache=engine.cache.stats() if engine and engine.cache else None,
+            cache=await asyncio.to_thread(cache.stats) if cache else None,
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:

@@ -114,7 +114,10 @@ def gc(arguments: argparse.Namespace) -> int:
     rules = _rules(arguments)
     whole = whole_store(arguments)
     with ExitStack() as opened:
-        stores = whole.deletable(chosen(whole, arguments.namespace))
+        found = chosen(whole, arguments.namespace)
+        if not arguments.dry_run:
+            whole.find(tidies=True)
+        stores = whole.deletable(found)
         for store in stores.values():
             opened.callback(store.close)
         with progress("listing", None):

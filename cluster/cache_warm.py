@@ -61,7 +61,9 @@ def warm(arguments: argparse.Namespace) -> int:
             closing(_join(arena, namespace)) as host,
             closing(whole.open(namespace)) as store,
         ):
-            warmed = fill(host, store, namespace, max_bytes, pin_s)
+            warmed = fill(
+                host, store, namespace, max_bytes, pin_s, is_shared=_is_shared_tier(arguments)
+            )
         pinned = f", pinned for {arguments.pin}" if pin_s else ""
         text = (
             f"{warmed.num_blocks} blocks ({show_bytes(warmed.num_bytes)}) of {warmed.num_prefixes} "
@@ -72,9 +74,18 @@ def warm(arguments: argparse.Namespace) -> int:
 
 
 def fill(
-    host: HostTier, store: BlockStore, namespace: Namespace, max_bytes: int | None, pin_s: float
+    host: HostTier,
+    store: BlockStore,
+    namespace: Namespace,
+    max_bytes: int | None,
+    pin_s: float,
+    *,
+    is_shared: bool,
 ) -> Warmed:
-    """Bring the hottest prefixes of `store` into the free memory of `host`."""
+    """Bring the hottest prefixes of `store` into the free memory of `host`.
+
+    `is_shared`: see `warm_prefix`.
+    """
     block_bytes = namespace.layout.block_bytes
     room_blocks = host.stats().free_slots
     if max_bytes is not None:
@@ -85,23 +96,31 @@ def fill(
     num_prefixes = 0
     with progress("warming", len(wanted)) as advance:
         for prefix in prefixes:
-            here = prefix.hashes[: warm_prefix(host, store, prefix, pin_s)]
+            here = prefix.hashes[: warm_prefix(host, store, prefix, pin_s, is_shared=is_shared)]
             num_prefixes += bool(here)
             advance(len(set(here) - warmed))
             warmed.update(here)
     return Warmed(num_prefixes, len(warmed), len(warmed) * block_bytes, len(wanted))
 
 
+def _is_shared_tier(arguments: argparse.Namespace) -> bool:
+    """Whether the store is known to be the one that the arena's replicas share.
+
+    An arena does not say which that is; its cluster's configuration does.
+    """
+    return arguments.config is not None and not arguments.options and not arguments.arena
+
+
 def _running_arena(arguments: argparse.Namespace) -> HostConfig:
     """The arena to fill, which must have an owner: one started here would end with nobody in it."""
     host = HostConfig() if arguments.config is None else cache_config(arguments.config).host
+    if host.scope != "node":
+        raise ConfigError("cache.host.scope is process: there is no arena that replicas share")
     changes = {"start_owner": False} | ({"name": arguments.arena} if arguments.arena else {})
     try:
         host = HostConfig.model_validate(host.model_dump() | changes)
     except ValidationError as error:
         raise ConfigError(f"--arena {arguments.arena!r} is no name of an arena") from error
-    if host.scope != "node":
-        raise ConfigError("cache.host.scope is process: there is no arena that replicas share")
     if not is_locked(open_folder(host).lock):
         raise ConfigError(
             f"no arena {host.name!r} runs on this machine: start the replicas first, or name the "

@@ -132,12 +132,16 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            try:
-                self.tick()
-                self._also()
-            except RayError:
-                logger.exception("watching the replicas failed; trying again")
+            self._try(self.tick, "watching the replicas")
+            self._try(self._also, "looking after what belongs to the replicas")
             self._stop.wait(self._period_s)
+
+    def _try(self, work: Callable[[], None], what: str) -> None:
+        """Do it, and go on whatever it raises: else nobody would notice a dead replica."""
+        try:
+            work()
+        except Exception:
+            logger.exception("%s failed; trying again", what)
 
     def _act(self, name: str, call: Any) -> None:
         watch, now_s = self._watches[name], time.monotonic()

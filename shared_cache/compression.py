@@ -16,20 +16,27 @@ from numpy.typing import NDArray
 from shared_cache.errors import ConfigError
 
 CodecName = Literal["none", "shuffle-zstd"]
+CodecSetting = Literal["none", "shuffle-zstd", "auto"]
 
 PLAIN: CodecName = "none"
 SHUFFLE_ZSTD: CodecName = "shuffle-zstd"
 CODEC_NAMES: tuple[str, ...] = get_args(CodecName)
+CODEC_SETTINGS: tuple[str, ...] = get_args(CodecSetting)
 
 _ZSTD_LEVEL = 1
 
 
 def check_codec(name: str) -> None:
-    """Raise `ConfigError` unless `name` is a codec that can be used here."""
-    if name not in CODEC_NAMES:
-        raise ConfigError(f"codec {name!r} is unknown; write one of {', '.join(CODEC_NAMES)}")
-    if name == SHUFFLE_ZSTD and not pa.Codec.is_available("zstd"):
+    """Raise `ConfigError` unless `name` is a setting that can be used here."""
+    if name not in CODEC_SETTINGS:
+        raise ConfigError(f"codec {name!r} is unknown; write one of {', '.join(CODEC_SETTINGS)}")
+    if name == SHUFFLE_ZSTD and not can_compress():
         raise ConfigError(f"codec {name}: this pyarrow is built without zstd; write codec: none")
+
+
+def can_compress() -> bool:
+    """Whether this pyarrow can write what is compressed."""
+    return bool(pa.Codec.is_available("zstd"))
 
 
 def compress(block: memoryview, element_bytes: int) -> memoryview:

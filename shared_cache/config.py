@@ -61,6 +61,20 @@ class HostConfig(Settings):
         "memory",
     )
 
+    @model_validator(mode="after")
+    def _only_an_arena_has_these(self) -> "HostConfig":
+        given = [
+            name
+            for name in ("name", "folder", "start_owner", "reserve_ahead")
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.scope == "process" and given:
+            raise ValueError(
+                f"scope: process has no arena, so it cannot heed {', '.join(given)}: remove that, "
+                "or write scope: node"
+            )
+        return self
+
 
 class TierConfig(Settings):
     """One tier behind host memory: a node-local disk, or the shared tier."""
@@ -77,18 +91,26 @@ class TierConfig(Settings):
     )
     admission: Literal["always", "second_use", "worth", "never"] = Field(
         "always",
-        description="which blocks are written to it: all, those used a second time, those whose "
-        "computing costs more than their loading, none (read-only)",
+        description="which blocks are written to it: all, those used a second time (of a tier "
+        "before the last one: those that a later tier was asked for), those whose computing costs "
+        "more than their loading, none (read-only)",
     )
-    codec: Literal["none", "shuffle-zstd"] = Field(
+    codec: Literal["none", "shuffle-zstd", "auto"] = Field(
         "none",
-        description="shuffle-zstd makes blocks about a third smaller, for links below 0.6 GB/s",
+        description="shuffle-zstd makes blocks about a third smaller, for links below 0.6 GB/s; "
+        "auto: while the tier is measured to take less than that",
     )
     max_bytes: ByteSize | None = Field(
-        None, gt=0, description="budget: least recently used blocks beyond it are deleted"
+        None,
+        gt=0,
+        description="budget: least recently used blocks beyond it are deleted (object stores note "
+        "no reads: those written first)",
     )
     max_age_s: float | None = Field(
-        None, gt=0, description="blocks that were not used for so long are deleted"
+        None,
+        gt=0,
+        description="blocks that were not used for so long are deleted (object stores note no "
+        "reads: those written so long ago, in use or not)",
     )
 
 
@@ -108,7 +130,9 @@ class CostConfig(Settings):
     max_fetch_bytes_per_s: ByteSize | None = Field(
         None,
         gt=0,
-        description="bandwidth for reading from the tiers behind host memory; null: no limit",
+        description="bandwidth for reading from the tiers behind host memory, always: also while "
+        "nothing decodes. Reads beyond it wait their turn, and what would arrive too late for that "
+        "is computed; null: no limit",
     )
 
 
@@ -159,10 +183,14 @@ class CacheConfig(Settings):
         host = self.host.model_copy(update={"reserve_ahead": num_slots})
         return self.model_copy(update={"host": host})
 
-    @property
-    def store_admission(self) -> Literal["always", "second_use", "never"]:
-        """Which blocks the host tier names for the shared tier; what they are worth shows later."""
-        if not self.all_tiers:
+    def store_admission(
+        self, *, is_read_only: bool = False
+    ) -> Literal["always", "second_use", "never"]:
+        """Which blocks the host tier names for the shared tier: none where nobody writes them.
+
+        `is_read_only`: the shared tier was found to be so. What blocks are worth shows later.
+        """
+        if not self.all_tiers or is_read_only:
             return "never"
         admission = self.all_tiers[-1].admission
         return "always" if admission == "worth" else admission

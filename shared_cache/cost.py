@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from shared_cache.estimates import PrefillEstimate, RecentMedian, Span
-from shared_cache.tier_speeds import PieceRule, TierBlocks, TierSpeed, TierSpeeds
+from shared_cache.pacing import BandwidthLimit
+from shared_cache.tier_speeds import LookUpAdvice, PieceRule, TierBlocks, TierSpeed, TierSpeeds
 
 Clock = Callable[[], float]
 GateKind = Literal["load", "split", "compute"]
@@ -75,7 +76,11 @@ class CostGate:
         rule: PieceRule,
         is_on: bool = True,
         clock: Clock = time.monotonic,
+        budget: BandwidthLimit | None = None,
     ) -> None:
+        """`budget` is the bandwidth that all reads of this replica share."""
+        self._block_bytes = rule.block_bytes
+        self._budget = budget or BandwidthLimit(None)
         self._tokens_per_block = tokens_per_block
         self._is_on = is_on
         self._clock = clock
@@ -94,14 +99,12 @@ class CostGate:
         num_prompt_tokens: int,
         *,
         deadline_s: float = math.inf,
-        engine_wait_s: float = 0.0,
     ) -> GateDecision:
         """What to load for a prompt whose first `num_present` blocks are on the device or in host.
 
         `available` says, in prefix order, where the blocks behind those are (after the tiers were
-        asked). `engine_wait_s` is how long the engine will be busy with others: what arrives by
-        then costs nothing. `deadline_s` is the longest that the request will wait. Before the tiers
-        and the engine were measured, and with the gate off, all that is available is loaded.
+        asked). `deadline_s` is the longest that the request will wait. Before the tiers and the
+        engine were measured, and with the gate off, all that is available is loaded.
         """
         num_available = sum(part.num_blocks for part in available)
         if not num_available:
@@ -113,11 +116,12 @@ class CostGate:
                 self._counts["untested"] += self._is_on
                 return GateDecision(num_available, "load")
             best_s, best = math.inf, GateDecision(0, "compute")
-            for num_loaded, fetch_s in self._tiers.fetches(available):
+            for num_loaded, link_s in self._tiers.fetches(available):
+                fetch_s = max(link_s, self._budget.seconds(num_loaded * self._block_bytes))
                 if fetch_s > deadline_s:
                     break
                 prefill_s = self._prefill_s(num_present + num_loaded, num_prompt_tokens)
-                total_s = max(fetch_s, engine_wait_s) + prefill_s
+                total_s = fetch_s + prefill_s
                 if total_s <= best_s:  # of equals the larger load: it spares the engine
                     kind = _kind(num_loaded, num_available)
                     best_s, best = total_s, GateDecision(num_loaded, kind, 0, fetch_s, prefill_s)
@@ -125,6 +129,25 @@ class CostGate:
             num_probe = self._tiers.num_probe_blocks(available, best.num_blocks, self._clock())
             self._counts["probe"] += num_probe > 0
             return replace(best, num_probe_blocks=num_probe)
+
+    def look_up(self, tier: str, blocks: range, num_prompt_tokens: int) -> LookUpAdvice:
+        """Whether to ask `tier` which of these blocks of a prompt it has, and to wait for that.
+
+        Not when the answer alone usually takes longer than computing all of them; then it is asked
+        now and then all the same, to see whether it has become faster.
+        """
+        with self._lock:
+            self._learn()
+            if not self._is_on or not self._prefill.is_known:
+                return "wait"
+            without_s = self._prefill_s(blocks.start, num_prompt_tokens)
+            spared_s = without_s - self._prefill_s(blocks.stop, num_prompt_tokens)
+            return self._tiers.look_up_advice(tier, spared_s, self._clock())
+
+    def saw_look_up(self, tier: str, seconds: float) -> None:
+        """`tier` took so long to say what it has."""
+        with self._lock:
+            self._tiers.saw_look_up(tier, seconds, self._clock())
 
     def saw_fetch(self, tier: str, num_bytes: int, seconds: float, num_in_flight: float) -> None:
         """One read of a store brought `num_bytes` in `seconds`.

@@ -18,7 +18,8 @@ SAMPLES_PER_KIND = 12
 
 HALF_LIFE_SAMPLES = 12
 HALF_LIFE_S = 30.0
-"""A sample counts half after so many newer ones, and half after so many seconds."""
+"""A sample counts half after so many newer ones, and half after so many seconds; but time alone
+takes no more than that half, or the first sample after an idle time would outvote all others."""
 
 _MIN_WEIGHT = 1e-6
 _NUM_ROUNDS = 8
@@ -103,7 +104,7 @@ class TimeFit:
 
     def _age(self, sample: _Sample, newest_s: float) -> float:
         by_count = (self.num_samples - sample.number) / HALF_LIFE_SAMPLES
-        return by_count + (newest_s - sample.taken_s) / HALF_LIFE_S
+        return by_count + min(1.0, (newest_s - sample.taken_s) / HALF_LIFE_S)
 
 
 def _fitted(samples: Sequence[tuple[_Sample, float]]) -> tuple[float, ...]:

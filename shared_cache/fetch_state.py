@@ -1,6 +1,7 @@
 """What is known of blocks on their way: one record per run, shared by all who want its blocks."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -11,8 +12,35 @@ from shared_cache.pieces import BLOCKS_PER_PIECE
 from shared_cache.tier_speeds import TierBlocks
 from shared_cache.tiers import Tier
 
-Limit = Callable[[int, TierBlocks], GateDecision]
-"""How many blocks of those that a tier has, behind so many of the prompt, are to be fetched."""
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """The blocks of `chain` from `start` on, before `deadline_s` (a time of `time.monotonic`).
+
+    `num_prompt_tokens` is how long the whole prompt is.
+    """
+
+    chain: Sequence[BlockHash]
+    start: int
+    scope: ReuseScope
+    deadline_s: float
+    num_prompt_tokens: int
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Something asked of a tier, and the thread that does it once it has begun."""
+
+    tier: Tier
+    thread: threading.Thread | None = None
+
+    def is_stuck(self) -> bool:
+        """Whether nothing comes of it now: its tier hangs, or others answer and this one does not.
+
+        It may end all the same one day.
+        """
+        is_lost = self.thread is not None and self.tier.threads.crew.is_replaced(self.thread)
+        return is_lost or self.tier.reading.is_hanging()
 
 
 @dataclass(eq=False, slots=True)
@@ -23,16 +51,18 @@ class Fetch:
     store that never saw the run finds it by the object that it lies in, which may begin earlier.
     All other positions are counted from `start`. `sources` says up to where which tier has the run;
     of it `num_worth` blocks are worth fetching and `num_wanted` are fetched: those behind only
-    measure a tier. `num_awaited` are waited for; None as long as more may be found. `num_arrived`
+    measure a tier. `num_awaited` are waited for; None as long as more may be found: until then
+    whoever joins with more time extends `deadline_s`. `num_arrived`
     leading blocks are in host memory, leased by this fetch; it holds its leases until it is done
-    and nobody uses it any more. `read` are the blocks that a tier delivered. `jobs` are the tiers
-    that it waits for.
+    and nobody uses it any more. `read` are the blocks that a tier delivered. `jobs` are what it
+    waits for.
     """
 
     chain: tuple[BlockHash, ...]
     start: int
     scope: ReuseScope
-    limit: Limit
+    deadline_s: float
+    num_prompt_tokens: int
     num_worth: int = 0
     num_wanted: int = 0
     num_awaited: int | None = None
@@ -42,7 +72,7 @@ class Fetch:
     is_done: bool = False
     is_abandoned: bool = False
     num_users: int = 0
-    jobs: list[Tier] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     sources: list[tuple[Tier, int]] = field(default_factory=list)
     decisions: list["Decided"] = field(default_factory=list)
     read: set[BlockHash] = field(default_factory=set)
@@ -53,6 +83,27 @@ class Fetch:
     def hashes(self) -> tuple[BlockHash, ...]:
         """The blocks of the run."""
         return self.chain[self.start :]
+
+    @property
+    def num_found(self) -> int:
+        """Leading blocks that some tier has."""
+        return self.sources[-1][1] if self.sources else 0
+
+    def undecided(self) -> list[TierBlocks]:
+        """Where the blocks are that were found and are not worth fetching so far."""
+        parts, start = [], self.num_worth
+        for tier, end in self.sources:
+            if end > start:
+                parts.append(TierBlocks(tier.url, end - start, tier.num_in_flight))
+                start = end
+        return parts
+
+    def decided(self, decision: GateDecision, now_s: float) -> None:
+        """So many of the `undecided` blocks are worth it."""
+        self.num_worth += decision.num_blocks
+        num_wanted = self.num_worth + decision.num_probe_blocks
+        self.num_wanted = max(self.num_wanted, min(num_wanted, self.num_found))
+        self.decisions.append(Decided(decision, now_s, self.num_worth))
 
     def is_decided(self, num_blocks: int) -> bool:
         """Whether it is known how many of the first `num_blocks` blocks arrive."""
@@ -149,9 +200,14 @@ class InFlight:
         """No block of this fetch is waited for any more."""
         if not fetch.is_done:
             fetch.is_done = True
-            for block_hash in fetch.hashes:
-                del self._fetches[block_hash]
+            self.shorten(fetch, 0)
         self.release_unused(fetch)
+
+    def shorten(self, fetch: Fetch, num_blocks: int) -> None:
+        """Only the first `num_blocks` blocks are on their way: who wants others decides anew."""
+        for block_hash in fetch.hashes[num_blocks:]:
+            if self._fetches.get(block_hash, (None, 0))[0] is fetch:
+                del self._fetches[block_hash]
 
     def release_unused(self, fetch: Fetch) -> None:
         """End the leases of a finished fetch that nobody uses; call it after adding some."""

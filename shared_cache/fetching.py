@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from functools import partial
 
 from shared_cache.cost import CostGate
-from shared_cache.fetch_state import Decided, Fetch, Fetched, InFlight, Limit, Ticket
-from shared_cache.hashing import BlockHash, ReuseScope
+from shared_cache.fetch_state import Fetch, Fetched, InFlight, Job, Ticket, Wish
 from shared_cache.host.interface import HostTier
 from shared_cache.pieces import Piece, PieceReader
-from shared_cache.tier_speeds import TierBlocks
 from shared_cache.tiers import Tier, TieredStore
 
 POLL_S = 0.1
@@ -54,35 +52,26 @@ class Fetcher:
         return self._num_from_peers
 
     @contextmanager
-    def fetched(
-        self,
-        chain: Sequence[BlockHash],
-        start: int,
-        scope: ReuseScope,
-        deadline_s: float,
-        limit: Limit,
-    ) -> Iterator[Fetched]:
-        """Bring the blocks of `chain` from `start` on; those that came are leased in the block.
+    def fetched(self, wish: Wish) -> Iterator[Fetched]:
+        """Bring the blocks of `wish`; those that came are leased in the block.
 
-        Waits until `deadline_s` (a time of `time.monotonic`) at most. When a tier hangs while
-        another one may have the blocks, that one is asked.
+        Waits until its deadline at most. When a tier hangs while another one may have the blocks,
+        that one is asked.
         """
         got = Fetched()
         try:
             while not self._is_closed:
-                tickets = self.join(chain, start, scope, limit)
+                tickets = self.join(wish)
                 got.tickets += tickets
-                got.is_decided = self.wait(tickets, deadline_s)
+                got.is_decided = self.wait(tickets, wish.deadline_s)
                 if not any(ticket.fetch.is_abandoned for ticket in tickets):
                     break
             yield got
         finally:
             self.leave(got.tickets)
 
-    def join(
-        self, chain: Sequence[BlockHash], start: int, scope: ReuseScope, limit: Limit
-    ) -> list[Ticket]:
-        """Have the blocks of `chain` from `start` on fetched, those that are not on their way yet.
+    def join(self, wish: Wish) -> list[Ticket]:
+        """Have the blocks of `wish` fetched, those that are not on their way yet.
 
         Gives tickets in prefix order; none when all tiers are better left alone now. They must be
         given to `leave`.
@@ -92,12 +81,17 @@ class Fetcher:
             self._abandon_stuck()
             if nearest is None or self._is_closed:
                 return []
-            tickets = []
-            for fetch, end in self._in_flight.runs(chain, start):
+            tickets, begun, start = [], [], wish.start
+            for fetch, end in self._in_flight.runs(wish.chain, start):
                 if fetch is None:
-                    self._begin(Fetch(tuple(chain[:end]), start, scope, limit), nearest)
-                tickets.append(self._in_flight.ticket(chain[end - 1]))
+                    begun.append(self._new(wish, start, end))
+                elif fetch.num_awaited is None:
+                    fetch.deadline_s = max(fetch.deadline_s, wish.deadline_s)
+                tickets.append(self._in_flight.ticket(wish.chain[end - 1]))
                 start = end
+            for fetch in begun:
+                self._ask(fetch, nearest)
+                self._go_on(fetch)
             return tickets
 
     def wait(self, tickets: Sequence[Ticket], deadline_s: float) -> bool:
@@ -131,55 +125,96 @@ class Fetcher:
             for fetch in self._in_flight.all():
                 self._finish(fetch)
 
-    def _begin(self, fetch: Fetch, nearest: Tier) -> None:
+    def _new(self, wish: Wish, start: int, end: int) -> Fetch:
+        chain = tuple(wish.chain[:end])
+        fetch = Fetch(chain, start, wish.scope, wish.deadline_s, wish.num_prompt_tokens)
         self._in_flight.add(fetch)
-        self._submit(fetch, nearest, self._look_up)
+        return fetch
 
     def _submit(
         self, fetch: Fetch, tier: Tier | None, step: Callable[..., None], *args: Piece
     ) -> bool:
-        """Have a thread of `tier` do `step(fetch, tier, *args)`; False if there is none for it.
+        """Have a thread of `tier` do `step(fetch, job, *args)`; False if there is none for it.
 
         The lock is held.
         """
-        if tier is None or not tier.threads.submit(partial(step, fetch, tier, *args)):
+        if tier is None:
             return False
-        fetch.jobs.append(tier)
+        job = Job(tier)
+        if not tier.threads.submit(partial(_begun, step, fetch, job, *args)):
+            return False
+        fetch.jobs.append(job)
         return True
 
-    def _look_up(self, fetch: Fetch, tier: Tier) -> None:
+    def _ask(self, fetch: Fetch, tier: Tier | None) -> None:
+        """Look for the rest of the run in `tier`, or in the next one that answers soon enough.
+
+        If there is none, it is settled what arrives. The lock is held.
+        """
+        while tier is not None:
+            present = fetch.start + fetch.num_worth
+            blocks = range(present, len(fetch.chain))
+            advice = self._gate.look_up(tier.url, blocks, fetch.num_prompt_tokens)
+            if advice == "wait" and self._submit(fetch, tier, self._look_up):
+                return
+            if advice == "probe":
+                self._submit(fetch, tier, self._probe)
+            tier = self._tiers.behind(tier)
+        fetch.num_awaited = fetch.num_worth
+        if fetch.num_wanted < fetch.num_found:
+            self._in_flight.shorten(fetch, fetch.num_wanted)
+
+    def _look_up(self, fetch: Fetch, job: Job) -> None:
         """Ask one tier what it has of the rest of the run; begin to read that, ask the next one."""
-        num_known = fetch.num_wanted
-        num_found = tier.num_stored(fetch.chain, fetch.start + num_known)
-        following = self._tiers.behind(tier)
+        tier, num_known = job.tier, fetch.num_found
+        num_more = self._num_stored(fetch, tier, num_known)
         with self._changed:
-            fetch.jobs.remove(tier)
+            fetch.jobs.remove(job)
             if fetch.is_done:
                 return
             try:
-                goes_on = self._want(fetch, tier, num_known, num_found)
+                if num_more:
+                    fetch.sources.append((tier, num_known + num_more))
+                self._decide(fetch)
+                lacks_more = fetch.num_found < len(fetch.hashes) and not fetch.is_cut_short
+                self._ask(fetch, self._tiers.behind(tier) if lacks_more else None)
             except BaseException:  # whatever happens, nobody may wait for this fetch for ever
                 self._finish(fetch)
                 raise
-            if not (goes_on and self._submit(fetch, following, self._look_up)):
-                fetch.num_awaited = fetch.num_worth
             self._go_on(fetch)
             self._changed.notify_all()
 
-    def _want(self, fetch: Fetch, tier: Tier, start: int, num_found: int) -> bool:
-        """Have what is worth it fetched of the blocks found; whether to look for those behind.
+    def _probe(self, fetch: Fetch, job: Job) -> None:
+        """Measure how long a tier takes to say what it has; nobody waits for it."""
+        self._num_stored(fetch, job.tier, fetch.num_found)
+        with self._changed:
+            fetch.jobs.remove(job)
+            if not fetch.is_done:
+                self._go_on(fetch)
 
-        The lock is held; nothing here waits.
+    def _num_stored(self, fetch: Fetch, tier: Tier, num_known: int) -> int:
+        since_s = time.monotonic()
+        num_more = tier.num_stored(fetch.chain, fetch.start + num_known)
+        self._gate.saw_look_up(tier.url, time.monotonic() - since_s)
+        return num_more
+
+    def _decide(self, fetch: Fetch) -> None:
+        """Have what is worth it fetched of all that was found so far; the lock is held.
+
+        Few blocks of a near tier may be worth it only with the many behind them in a far one, or
+        only for somebody who has more time and joined meanwhile.
         """
-        if fetch.is_cut_short or not num_found:
-            return not fetch.is_cut_short
-        found = TierBlocks(tier.url, num_found, tier.num_in_flight)
-        decision = fetch.limit(fetch.start + start, found)
-        fetch.num_worth = start + decision.num_blocks
-        fetch.num_wanted = min(fetch.num_worth + decision.num_probe_blocks, start + num_found)
-        fetch.sources.append((tier, start + num_found))
-        fetch.decisions.append(Decided(decision, time.monotonic(), fetch.num_worth))
-        return start + num_found == fetch.num_worth < len(fetch.hashes)
+        available = fetch.undecided()
+        if fetch.is_cut_short or not available:
+            return
+        now_s = time.monotonic()
+        decision = self._gate.blocks_to_load(
+            fetch.start + fetch.num_worth,
+            available,
+            fetch.num_prompt_tokens,
+            deadline_s=max(0.0, fetch.deadline_s - now_s),
+        )
+        fetch.decided(decision, now_s)
 
     def _go_on(self, fetch: Fetch) -> None:
         """Submit the next pieces, or finish when none is left; the lock is held."""
@@ -195,15 +230,15 @@ class Fetcher:
         if not fetch.jobs:
             self._finish(fetch)
 
-    def _read_piece(self, fetch: Fetch, tier: Tier, piece: Piece) -> None:
+    def _read_piece(self, fetch: Fetch, job: Job, piece: Piece) -> None:
         """Read a piece from one tier; what that one cannot give after all, from the next one."""
         lacks_more = False
         try:
-            lacks_more = self._reader.read(piece, tier)
+            lacks_more = self._reader.read(piece, job.tier)
         finally:  # whatever happens, nobody may wait for this piece for ever
-            following = self._tiers.behind(tier) if lacks_more else None
+            following = self._tiers.behind(job.tier) if lacks_more else None
             with self._changed:
-                fetch.jobs.remove(tier)
+                fetch.jobs.remove(job)
                 self._take_over(fetch, piece)
                 if fetch.is_done:
                     self._in_flight.release_unused(fetch)
@@ -233,7 +268,7 @@ class Fetcher:
         Their reads go on where they are, and give back what they hold when they end.
         """
         for fetch in self._in_flight.all():
-            if fetch.jobs and all(tier.reading.is_hanging() for tier in fetch.jobs):
+            if fetch.jobs and all(job.is_stuck() for job in fetch.jobs):
                 fetch.is_abandoned = self._tiers.nearest() is not None
                 self._finish(fetch)
 
@@ -241,3 +276,9 @@ class Fetcher:
         """No block of this fetch is waited for any more; the lock is held."""
         self._in_flight.finish(fetch)
         self._changed.notify_all()
+
+
+def _begun(step: Callable[..., None], fetch: Fetch, job: Job, *args: Piece) -> None:
+    """`step`, in the thread that does the job from now on."""
+    job.thread = threading.current_thread()
+    step(fetch, job, *args)

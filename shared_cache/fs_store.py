@@ -4,30 +4,31 @@
 
 An object holds one run of blocks (see `codec`) under the hash of its first block, so a prefix is
 found by walking its chain, without an index server: look up the first block, read the head found
-there, go on behind the blocks that it has in common. Heads are remembered, so inner blocks of seen
-runs are found too (`refresh` and `learn` find more). Misses are never remembered, because another
-replica may write at any moment. Failure prevented: a damaged, foreign or vanished object, and every
-mood of a remote file system, becomes a shorter match or one clear `StoreError`.
+there, go on behind the blocks that it has in common. Heads are remembered, so that inner blocks of
+seen runs are found too: `refresh` reads those of all objects by listing, now and then, and what
+this process writes and looks up is added and taken away as it happens. What others have written
+since is found by its first block at once; misses are never remembered. What others have deleted is
+noticed when it is read, written again, or listed. Failure prevented: a damaged, foreign or vanished
+object, and every mood of a remote file system, becomes a shorter match or one clear `StoreError`.
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from typing import Any
 
 from shared_cache.codec import RunHead, encode
-from shared_cache.compression import PLAIN, CodecName, check_codec
+from shared_cache.codec_choice import CodecChoice
+from shared_cache.compression import PLAIN, CodecSetting, check_codec
 from shared_cache.errors import (
-    ConfigError,
     CorruptBlockError,
     ForeignBlockError,
     StoreError,
     StoreFullError,
     StoreReadOnlyError,
 )
-from shared_cache.faults import FaultLog
 from shared_cache.hashing import BlockHash
 from shared_cache.io_errors import reading, writing
 from shared_cache.known_runs import KnownRuns, Place
@@ -35,9 +36,12 @@ from shared_cache.media import open_medium
 from shared_cache.medium import ListedObject, Medium
 from shared_cache.namespace import FORMAT_VERSION, Namespace
 from shared_cache.parallel import run_all
+from shared_cache.refreshing import Refresher
 from shared_cache.retries import DEFAULT_TIMEOUT_S
 from shared_cache.run_objects import is_object_name, object_name, read_blocks, read_head
 from shared_cache.store import BlockRun, BlockStore, StoredRun
+from shared_cache.store_access import check_readable, try_to_write
+from shared_cache.store_faults import FaultCounts, StoreFaults
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +51,13 @@ MAX_OBJECT_BYTES = 64 << 20
 REFRESH_OBJECTS = 20_000
 """Most heads that one refresh reads, the last used first: minutes, with an object store."""
 
-_REFRESH_AT_ONCE = 64
+_HEADS_AT_ONCE = 64
+
+_REFRESH_PAUSE_S = 0.01
+"""Refreshing rests as often: those who compute or read in this process go first."""
 
 MAX_READ_FAULTS = 8
 """After so many faults in one read the rest is a miss: somebody is rewriting what is read."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreFaults:
-    """How often an object was not what it should be; every one of them was a miss."""
-
-    corrupt: int
-    foreign: int
-    vanished: int
 
 
 def open_store(
@@ -67,7 +65,7 @@ def open_store(
     namespace: Namespace,
     options: Mapping[str, Any] | None = None,
     *,
-    codec: CodecName = PLAIN,
+    codec: CodecSetting = PLAIN,
     spare_bytes: int = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> "FsBlockStore":
@@ -85,12 +83,12 @@ def open_store(
     read_only = False
     try:
         with writing(url):
-            _try_to_write(medium, namespace)
+            try_to_write(medium, namespace)
     except StoreFullError as error:
         logger.warning("%s; reading goes on", error)
     except StoreReadOnlyError as error:
         with reading(url):
-            _check_readable(medium, root, url, error)
+            check_readable(medium, root, url, error)
         read_only = True
     return FsBlockStore(medium, namespace, url, read_only, codec)
 
@@ -104,28 +102,31 @@ class FsBlockStore(BlockStore):
         namespace: Namespace,
         url: str,
         read_only: bool,
-        codec: CodecName = PLAIN,
+        codec: CodecSetting = PLAIN,
     ) -> None:
         super().__init__(namespace)
         self.read_only = read_only
         self.url = url
-        self._codec = codec
+        self._codec = CodecChoice(codec)
         self._medium = medium
         self._known = KnownRuns()
-        self._faults = {fault: FaultLog(logger) for fault in StoreFaults.__slots__}
+        self._closing = threading.Event()
+        self._refresher = Refresher(self.refresh)
+        self._faults = FaultCounts(url)
 
     @property
     def faults(self) -> StoreFaults:
         """Counts since this store was opened."""
-        return StoreFaults(**{fault: log.num_faults for fault, log in self._faults.items()})
+        return self._faults.counts
+
+    @property
+    def num_retries(self) -> int:
+        """See `BlockStore.num_retries`."""
+        return self._medium.num_retries
 
     def match(self, hashes: Sequence[BlockHash]) -> int:
         """See `BlockStore.match`."""
-        num_found = 0
-        with reading(self.url):
-            while num_found < len(hashes) and (place := self._find(hashes[num_found])):
-                num_found += place.num_common(hashes[num_found:])
-        return num_found
+        return self._match(hashes)
 
     def read_into(
         self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
@@ -157,13 +158,18 @@ class FsBlockStore(BlockStore):
         return tuple(checksums)
 
     def write(self, run: BlockRun) -> int:
-        """See `BlockStore.write`. What lies behind the first missing block is written again."""
+        """See `BlockStore.write`. What lies behind the first missing block is written again.
+
+        What is remembered is not believed here, as another process may have deleted it: who is told
+        that a block is stored does not ask again for long.
+        """
         self.check_buffers(run.hashes, run.payloads)
         if self.read_only:
             raise StoreReadOnlyError(f"{self.url} was opened read-only: it could not be written to")
         max_blocks = max(1, MAX_OBJECT_BYTES // self.namespace.layout.block_bytes)
         written: set[BlockHash] = set()
-        start, replace = self.match(run.hashes), False
+        checked: set[str] = set()
+        start, replace = self._match(run.hashes, checked), False
         while start < len(run.hashes):
             parts = run.tail(start).split(max_blocks)
             jobs = [partial(self._publish, part, replace and part is parts[0]) for part in parts]
@@ -171,36 +177,45 @@ class FsBlockStore(BlockStore):
                 are_published = run_all(jobs)
             for part in compress(parts, are_published):
                 written.update(part.hashes)
+                checked.add(object_name(part.hashes[0]))
             start += len(parts[0].hashes) if are_published[0] else 0
             # Where somebody had a name already: keep that if readable, write what it lacks.
-            num_found = self.match(run.hashes[start:])
+            num_found = self._match(run.hashes[start:], checked)
             start, replace = start + num_found, not (are_published[0] or num_found)
         return len(written)
 
     def entries(self) -> Iterator[StoredRun]:
         """See `BlockStore.entries`; remembers every head on the way."""
-        for item in self._list():
+        listed = self._list()
+        for first in range(0, len(listed), _HEADS_AT_ONCE):
+            items = listed[first : first + _HEADS_AT_ONCE]
             with reading(self.url):
-                head = self._probe(item.name)
-            if head is not None:
-                yield StoredRun(item.name, head.parent, head.hashes, item.num_bytes, item.used_s)
+                heads = run_all(partial(self._probe, item.name) for item in items)
+            for (name, num_bytes, used_s), head in zip(items, heads, strict=True):
+                if head is not None:
+                    yield StoredRun(name, head.parent, head.hashes, num_bytes, used_s)
 
     def refresh(self) -> int:
-        """See `BlockStore.refresh`; what was used last is looked up first, while there is room."""
-        listed = sorted(self._list(), key=lambda item: -item.used_s)[:REFRESH_OBJECTS]
-        names = [item.name for item in listed if not self._known.knows(item.name)]
-        for first in range(0, len(names), _REFRESH_AT_ONCE):
-            if self._known.is_full:
-                break
-            with reading(self.url):
-                run_all(
-                    partial(self._probe, name) for name in names[first : first + _REFRESH_AT_ONCE]
-                )
+        """See `BlockStore.refresh`; what was used last is looked up first, while there is room.
+
+        A store with more heads than can be remembered is not even listed once they fill that room.
+        """
+        known = self._known.names()
+        if not self._known.is_full:
+            listed = sorted(self._list(), key=lambda item: -item.used_s)
+            for name in known.difference(item.name for item in listed):
+                self._known.forget(name)
+            self._look_up([item.name for item in listed[:REFRESH_OBJECTS]])
         return self._known.num_blocks
 
-    def learn(self, first_hash: BlockHash, hashes: Sequence[BlockHash]) -> None:
-        """See `BlockStore.learn`."""
-        self._known.hear(object_name(first_hash), hashes)
+    def refresh_in_background(self) -> None:
+        """See `BlockStore.refresh_in_background`."""
+        self._refresher.start()
+
+    def close(self) -> None:
+        """See `BlockStore.close`."""
+        self._closing.set()
+        self._refresher.close()
 
     def delete(self, name: str) -> None:
         """See `BlockStore.delete`; `ValueError` for a name that no object can have."""
@@ -214,24 +229,50 @@ class FsBlockStore(BlockStore):
         with reading(self.url):
             return [item for item in self._medium.list() if is_object_name(item.name)]
 
+    def _look_up(self, names: Sequence[str]) -> None:
+        """Read the heads that are not remembered yet, one by one, while there is room for them."""
+        known = self._known.names()
+        for num_read, name in enumerate(name for name in names if name not in known):
+            pause_s = 0.0 if num_read % _HEADS_AT_ONCE else _REFRESH_PAUSE_S
+            if self._known.is_full or self._closing.wait(pause_s):
+                return
+            with reading(self.url):
+                self._probe(name)
+
+    def _match(self, hashes: Sequence[BlockHash], checked: set[str] | None = None) -> int:
+        num_found = 0
+        with reading(self.url):
+            while num_found < len(hashes) and (place := self._find(hashes[num_found], checked)):
+                num_found += place.num_common(hashes[num_found:])
+        return num_found
+
     def _publish(self, run: BlockRun, replace: bool) -> bool:
         """Write `run` as one object; False when there is one of that name and not to `replace`."""
-        encoded = encode(self.namespace, run, self._codec)
-        name = object_name(run.hashes[0])
-        is_published = self._medium.publish(name, encoded.parts, replace=replace)
+        encoded = encode(self.namespace, run, self._codec.choose())
+        name, parts = object_name(run.hashes[0]), encoded.parts
+        with self._codec.publishing() as done:
+            is_published = self._medium.publish(name, parts, replace=replace)
+            done.num_bytes = sum(part.nbytes for part in parts) if is_published else 0
         if is_published:
             self._known.add(name, encoded.index)
         return is_published
 
-    def _find(self, block_hash: BlockHash) -> Place | None:
+    def _find(self, block_hash: BlockHash, checked: set[str] | None = None) -> Place | None:
+        """Where a block lies. With `checked` only objects named there are believed without a look.
+
+        Those that were looked at are added.
+        """
         place = self._known.find(block_hash)
-        if place is None and (rumour := self._known.rumour(block_hash)):
-            self._probe(rumour, expected=False)
-            place = self._known.find(block_hash)
+        if place is not None and checked is not None and place.name not in checked:
+            checked.add(place.name)
+            self._probe(place.name, expected=False)
+            return self._find(block_hash, checked)
         if place is None:
             name = object_name(block_hash)
             head = self._probe(name, expected=False)
             place = Place(name, head, 0) if head else None
+            if checked is not None:
+                checked.add(name)
         return place
 
     def _probe(self, name: str, *, expected: bool = True) -> RunHead | None:
@@ -240,9 +281,9 @@ class FsBlockStore(BlockStore):
             head = read_head(self._medium, name, self.namespace)
         except FileNotFoundError:
             if expected:
-                self._count("vanished", name, "it is gone")
+                self._faults.count("vanished", name, "it is gone")
         except ForeignBlockError as error:
-            self._count("foreign", name, error)
+            self._faults.count("foreign", name, error)
         except CorruptBlockError as error:
             self._discard(name, error)
         else:
@@ -254,32 +295,10 @@ class FsBlockStore(BlockStore):
     def _discard(self, name: str, error: CorruptBlockError) -> None:
         """Forget a damaged object and, where that is allowed, make its name free again."""
         self._known.forget(name)
-        self._count("corrupt", name, error)
+        self._faults.count("corrupt", name, error)
         if not self.read_only:
             try:
                 with writing(self.url):
                     self._medium.remove(name)
             except StoreError as failure:
                 logger.warning("could not remove the damaged object %s: %s", name, failure)
-
-    def _count(self, fault: str, name: str, why: object) -> None:
-        # Where it cannot be removed a bad object is met again and again: seldom logged.
-        self._faults[fault].record(f"{fault} object {name} in {self.url}, a miss", StoreError(why))
-
-
-def _try_to_write(medium: Medium, namespace: Namespace) -> None:
-    """Leave a description of the namespace beside its objects; raises where that is impossible."""
-    try:
-        medium.prepare()
-        medium.publish("namespace.json", [memoryview(namespace.to_json().encode() + b"\n")])
-    except (NotADirectoryError, FileExistsError) as error:
-        raise ConfigError(f"the store needs a folder, but a file is in its way: {error}") from error
-
-
-def _check_readable(medium: Medium, root: str, url: str, error: StoreReadOnlyError) -> None:
-    try:
-        medium.check_readable(root)
-    except FileNotFoundError:
-        raise StoreReadOnlyError(
-            f"{url} does not exist and may not be created: create it, or choose another store"
-        ) from error

@@ -43,7 +43,7 @@ class FsspecMedium(Medium):
         """See `Medium.num_retries`."""
         return self._retries.num_retries
 
-    def list(self) -> Iterator[ListedObject]:
+    def list(self, *, tidies: bool = False) -> Iterator[ListedObject]:
         """See `Medium.list`."""
         try:
             found = self._retries.run(lambda _: self._find())
@@ -51,10 +51,10 @@ class FsspecMedium(Medium):
             return
         for path, info in found.items():
             name = path[len(self.folder) :].lstrip("/")
-            if is_temporary(name):
-                self._remove_if_stale(path)
-            else:
+            if not is_temporary(name):
                 yield ListedObject(name, info.get("size") or 0, _used_s(info))
+            elif tidies:
+                self._remove_if_stale(path)
 
     def remove(self, name: str) -> None:
         """See `Medium.remove`."""

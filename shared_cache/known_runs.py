@@ -3,7 +3,6 @@
 A store has no index server: an object is found by the hash of its first block, and its head names
 the others. Remembering the heads saves asking again, and finds blocks in the middle of an object.
 It is a hint only: an object may be gone or replaced, so whoever finds that out forgets it here.
-Other processes may also tell where a block lies; that is only a name to look at.
 """
 
 import threading
@@ -19,10 +18,6 @@ MAX_BLOCKS = 500_000
 
 RUN_COST_BLOCKS = 2
 """A run by itself, its name above all, takes about as much memory as so many blocks more."""
-
-
-MAX_RUMOURS = 100_000
-"""Blocks whose object was only heard of; the oldest beyond so many are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +47,6 @@ class KnownRuns:
         self._lock = threading.Lock()
         self._heads: OrderedDict[str, RunHead] = OrderedDict()
         self._names: dict[BlockHash, str] = {}
-        self._rumours: OrderedDict[BlockHash, str] = OrderedDict()
 
     @property
     def num_blocks(self) -> int:
@@ -66,25 +60,10 @@ class KnownRuns:
         with self._lock:
             return self._num_blocks >= self._max_blocks
 
-    def knows(self, name: str) -> bool:
-        """Whether the head of this object is remembered."""
+    def names(self) -> frozenset[str]:
+        """The objects whose heads are remembered."""
         with self._lock:
-            return name in self._heads
-
-    def hear(self, name: str, hashes: Sequence[BlockHash]) -> None:
-        """Somebody says that the object `name` holds these blocks."""
-        with self._lock:
-            for block_hash in hashes:
-                if block_hash not in self._names:
-                    self._rumours[block_hash] = name
-                    self._rumours.move_to_end(block_hash)
-            while len(self._rumours) > MAX_RUMOURS:
-                self._rumours.popitem(last=False)
-
-    def rumour(self, block_hash: BlockHash) -> str | None:
-        """The object that is said to hold `block_hash`; told once, it is for the caller to look."""
-        with self._lock:
-            return self._rumours.pop(block_hash, None)
+            return frozenset(self._heads)
 
     def find(self, block_hash: BlockHash) -> Place | None:
         """Where `block_hash` was seen last."""

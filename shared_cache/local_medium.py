@@ -87,13 +87,14 @@ class LocalMedium(Medium):
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
 
-    def list(self) -> Iterator[ListedObject]:
-        """See `Medium.list`."""
-        self._spares.give_back(STALE_SPARE_S)
+    def list(self, *, tidies: bool = False) -> Iterator[ListedObject]:
+        """See `Medium.list`; spare files that nobody takes are left over, too."""
         oldest_s = time.time() - STALE_TEMPORARY_S
         for folder, folders, files in os.walk(self.folder, onerror=_raise_unless_gone):
             if SPARE_FOLDER in folders:
                 folders.remove(SPARE_FOLDER)
+                if tidies:
+                    SpareFiles(os.path.join(folder, SPARE_FOLDER), 0).give_back(STALE_SPARE_S)
             for file in files:
                 path = os.path.join(folder, file)
                 try:
@@ -103,7 +104,7 @@ class LocalMedium(Medium):
                 if not is_temporary(file):
                     name = os.path.relpath(path, self.folder)
                     yield ListedObject(name, status.st_size, status.st_mtime)
-                elif status.st_mtime < oldest_s:
+                elif tidies and status.st_mtime < oldest_s:
                     _remove_stale(path)
 
     def remove(self, name: str) -> None:

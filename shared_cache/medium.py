@@ -16,8 +16,9 @@ from typing import NamedTuple
 BATCH_BYTES = 8 << 20
 """Most bytes of one system call or request: larger single writes were several times slower."""
 
-STALE_TEMPORARY_S = 3600.0
-"""Older temporary files are what a writer left that died; listing removes them."""
+STALE_TEMPORARY_S = 86400.0
+"""Older temporary files are what a writer left that died. A clock that is set by hours while one
+writes must not make its file look like that."""
 
 _MAX_VECTORS = 1024
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp\Z")
@@ -135,8 +136,8 @@ class Medium(ABC):
         """
 
     @abstractmethod
-    def list(self) -> Iterator[ListedObject]:
-        """Every published object; removes stale temporaries on the way."""
+    def list(self, *, tidies: bool = False) -> Iterator[ListedObject]:
+        """Every published object; if it `tidies`, what dead writers left is removed on the way."""
 
     @abstractmethod
     def remove(self, name: str) -> None:

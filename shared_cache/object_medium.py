@@ -108,8 +108,8 @@ class BucketMedium(Medium):
             return False
         return True
 
-    def list(self) -> Iterator[ListedObject]:
-        """See `Medium.list`; a bucket has no temporaries."""
+    def list(self, *, tidies: bool = False) -> Iterator[ListedObject]:
+        """See `Medium.list`; a bucket has nothing to tidy up."""
         found = self._run(lambda: obstore.list(self._bucket, self.folder).collect_async())
         for meta in found:
             name, used_s = meta["path"][len(self.folder) + 1 :], meta["last_modified"].timestamp()

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TypeVar
 
@@ -31,19 +31,13 @@ def open_cache(config: CacheConfig, namespace: Namespace) -> SharedCache:
         for index, tier in enumerate(config.all_tiers):
             stores.append(_open_tier(config, index, tier, namespace))
             opened.callback(stores[-1].close)
-        host = _open_host(config, namespace, _admission(config, stores))
+        is_read_only = bool(stores) and stores[-1].read_only
+        admission = config.store_admission(is_read_only=is_read_only)
+        host = _open_host(config, namespace, admission)
         opened.callback(host.close)
         cache = SharedCache(host, stores, config)
         opened.pop_all()
         return cache
-
-
-def _admission(config: CacheConfig, stores: Sequence[BlockStore]) -> StoreAdmission:
-    """Which blocks the host tier names for the shared tier: none where nobody would write them."""
-    if not stores or stores[-1].read_only:
-        return "never"
-    admission = config.all_tiers[-1].admission
-    return "always" if admission == "worth" else admission  # worth is decided when it is known
 
 
 def _open_tier(
@@ -76,6 +70,7 @@ def _open_tier(
         raise ConfigError(
             f"{name} {tier.url} cannot be used: {error}; mend it, or {without} to do without"
         ) from error
+    store.refresh_in_background()
     if store.read_only:
         logger.warning("%s %s may only be read: no new blocks are written there", name, tier.url)
     return store

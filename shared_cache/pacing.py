@@ -95,3 +95,18 @@ class BandwidthLimit:
             begin_s = max(self._booked_until_s, now_s - self._burst_s)
             self._booked_until_s = begin_s + num_bytes / self._max_bytes_per_s
             return max(0.0, begin_s - now_s)
+
+    def give_back(self, num_bytes: int) -> None:
+        """So many of the bytes that were booked are not transferred after all."""
+        if self._max_bytes_per_s is not None:
+            with self._lock:
+                self._booked_until_s -= num_bytes / self._max_bytes_per_s
+
+    def seconds(self, num_bytes: int) -> float:
+        """How long it would take until `num_bytes` more are let through; books nothing."""
+        if self._max_bytes_per_s is None or not num_bytes:
+            return 0.0
+        with self._lock:
+            now_s = self._clock()
+            begin_s = max(self._booked_until_s, now_s - self._burst_s)
+            return max(0.0, begin_s + num_bytes / self._max_bytes_per_s - now_s)

@@ -87,13 +87,25 @@ class PieceReader:
 
         Fewer blocks may be here afterwards for another reason: there is no room for them.
         """
-        while slots := self._slots(piece):
+        while slots := self._slots_in_turn(piece):
             end = piece.num_here + len(slots)
             if self._fill(piece, tier, slots) < len(slots):
                 return True
             if piece.num_here < end:  # read, but the host tier did not take it
                 break
         return False
+
+    def _slots_in_turn(self, piece: Piece) -> tuple[int, ...]:
+        """As `_slots`, once the bandwidth allows it: who waits for that has claimed nothing."""
+        block_bytes = self._host.block_bytes
+        num_booked, num_claimed = len(piece.missing), 0
+        self._closed.wait(self._limit.delay_s(num_booked * block_bytes))
+        try:
+            slots = self._slots(piece)
+            num_claimed = len(slots)
+        finally:
+            self._limit.give_back((num_booked - num_claimed) * block_bytes)
+        return slots
 
     def _slots(self, piece: Piece) -> tuple[int, ...]:
         """Room for the next missing blocks, when nobody else brings them; none when all are here.
@@ -117,7 +129,6 @@ class PieceReader:
         num_good = 0
         try:
             buffers = [self._host.buffer(slot) for slot in slots]
-            self._closed.wait(self._limit.delay_s(sum(buffer.nbytes for buffer in buffers)))
             checksums = tier.read_into(piece.missing[: len(slots)], buffers)
             if checksums:
                 self._publish(piece, tier, slots[: len(checksums)], checksums)

@@ -14,16 +14,20 @@ from dataclasses import dataclass, replace
 
 from shared_cache.cost import CostGate
 from shared_cache.faults import FaultLog
+from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier, NewRun
 from shared_cache.saving import SaveCounts
 from shared_cache.sinks import consecutive, make_sinks, part
-from shared_cache.tiers import CLOSE_TIMEOUT_S, Tier, TieredStore, TierStats
+from shared_cache.tiers import Tier, TieredStore, TierStats
 
 MERGED_BLOCKS = 256
 """Runs that continue each other are committed together, up to so many blocks."""
 
 NEAR_FLUSH_S = 1.0
 """How long a flush waits for tiers whose blocks can be had from the shared tier too."""
+
+DECLINE_INTERVAL_S = 60.0
+"""How often a process that may not write to the shared tier gives back the duty to do so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class Publisher:
         self._num_unpublished = 0
         self._num_owed = 0
         self._num_dropped = 0
+        self._declined: list[BlockHash] = []  # this and the next: the thread's own
+        self._next_decline_s = float("-inf")
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="kvcommons-publish", daemon=True)
         self._thread.start()
@@ -164,20 +170,24 @@ class Publisher:
                 sink.queue.flush(min(NEAR_FLUSH_S, max(0.0, deadline_s - time.monotonic())))
         return is_stored
 
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that run still; they use the slots of what they publish or write."""
+        writing = [thread for sink in self._sinks.values() for thread in sink.queue.threads]
+        return [*writing, self._thread] if self._thread.is_alive() else writing
+
     def close(self) -> None:
-        """Drop what is not published or written, and wait a while for what is under way."""
+        """Drop what is not published or written yet; waits for nothing."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join(CLOSE_TIMEOUT_S)
-        with self._changed:
             jobs = list(self._jobs)
             self._jobs.clear()
+            self._changed.notify_all()
         for job in jobs:
             self._drop(job)
             self._done(job)
         for sink in self._sinks.values():
-            sink.queue.close()
+            sink.queue.stop()
 
     def tier_stats(self) -> tuple[TierStats, ...]:
         """The counters of every tier."""
@@ -229,7 +239,7 @@ class Publisher:
         if isinstance(job, _Written):
             self._commit(job)
         elif job.lease is None:
-            self._host.stored(job.run.hashes, is_stored=False)
+            self._decline(job.run.hashes)
         else:
             self._store(job.lease, job.run, job.first)
 
@@ -263,11 +273,23 @@ class Publisher:
         sink, num_blocks = self._shared, len(lease.slots)
         if sink is None or not num_blocks or not sink.wants(first, first + num_blocks):
             self._host.release(lease)
-            self._host.stored(run.hashes, is_stored=False)
+            self._decline(run.hashes)
             return
         sink.queue.put(lease, run.parent, run.hashes[:num_blocks])
         if num_blocks < len(run.hashes):
             self._host.stored(run.hashes[num_blocks:], is_stored=False)
+
+    def _decline(self, hashes: Sequence[BlockHash]) -> None:
+        """Give duties back. Who may write nothing does so seldom: it would be named them at once.
+
+        Other processes of this machine may be able to write, so they are not kept for ever.
+        """
+        self._declined += hashes
+        if self._shared is None and time.monotonic() < self._next_decline_s:
+            return
+        self._next_decline_s = time.monotonic() + DECLINE_INTERVAL_S
+        declined, self._declined = self._declined, []
+        self._host.stored(tuple(declined), is_stored=False)
 
     def _drop(self, job: _Written | _Duty) -> None:
         if isinstance(job, _Written):

@@ -13,20 +13,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from shared_cache.errors import StoreFullError, StoreReadOnlyError, StoreUnavailableError
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier
+from shared_cache.save_jobs import Save, copied_last
 from shared_cache.store import BlockRun
+from shared_cache.threads import Crew, join_all, start_daemon
 from shared_cache.tiers import CLOSE_TIMEOUT_S, Tier
 
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 4
 """Enough to hide the look-up before an upload; more only take bandwidth from reading."""
-
-MERGED_BLOCKS = 64
-"""Queued runs that continue each other become one object of up to so many blocks."""
 
 MAX_SETBACKS = 5
 """A run that fails so often while others succeed is at fault itself, and dropped."""
@@ -48,29 +48,6 @@ class SaveCounts:
     saved: int
     dropped: int
     pending: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Save:
-    """A run whose blocks lie in the slots of `leases`, in order."""
-
-    leases: tuple[HostLease, ...]
-    parent: BlockHash
-    hashes: tuple[BlockHash, ...]
-    num_setbacks: int = 0
-
-    def takes(self, other: "_Save") -> bool:
-        """Whether `other` continues this run, and both together are small enough."""
-        num_blocks = len(self.hashes) + len(other.hashes)
-        return other.parent == self.hashes[-1] and num_blocks <= MERGED_BLOCKS
-
-    def merged(self, other: "_Save") -> "_Save":
-        return _Save(
-            self.leases + other.leases,
-            self.parent,
-            self.hashes + other.hashes,
-            max(self.num_setbacks, other.num_setbacks),
-        )
 
 
 class SaveQueue:
@@ -97,17 +74,15 @@ class SaveQueue:
         self._max_blocks = max_blocks
         self._answer = answer
         self._changed = threading.Condition()
-        self._queue: deque[_Save] = deque()
+        self._queue: deque[Save] = deque()
         self._writing: set[BlockHash] = set()
-        self._num_saved = self._num_dropped = self._num_pending = 0
+        self._under_way: dict[threading.Thread, Save] = {}
+        self._num_saved = self._num_dropped = self._num_pending = self._num_lost = 0
         self._accepts = True
         self._last_succeeded = True
-        self._threads = [
-            threading.Thread(target=self._work, name=f"kvcommons-save-{index}", daemon=True)
-            for index in range(min(num_threads, MAX_THREADS))
-        ]
-        for thread in self._threads:
-            thread.start()
+        tier.writing.on_lost = self._lose
+        self._crew = Crew(min(num_threads, MAX_THREADS), "kvcommons-save", self._work)
+        self._watch = start_daemon(self._watch_store, "kvcommons-save-watch")
 
     @property
     def counts(self) -> SaveCounts:
@@ -121,13 +96,14 @@ class SaveQueue:
         When the queue is nearly full the leading blocks are kept: the others are no use without.
         """
         with self._changed:
-            room = self._max_blocks - self._num_pending if self._accepts else 0
+            accepts = self._accepts and not self._tier.writing.refuses
+            room = self._max_blocks - self._num_pending - self._num_lost if accepts else 0
             num_kept = max(0, min(room, len(hashes)))
             held = lease if num_kept == len(hashes) else self._host.lease_held(hashes[:num_kept])
             kept = tuple(hashes[: len(held.slots)])
             if kept:
                 self._num_pending += len(kept)
-                self._queue.append(_Save((held,), parent, kept))
+                self._queue.append(Save((held,), parent, kept))
                 self._changed.notify_all()
             self._num_dropped += len(hashes) - len(kept)
         if held is not lease:
@@ -140,37 +116,53 @@ class SaveQueue:
         with self._changed:
             return self._changed.wait_for(lambda: not self._num_pending, timeout_s)
 
-    def close(self) -> None:
-        """Drop what is queued and wait a while for the writes that are under way."""
-        self._stop()
-        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
-            logger.warning("a write to %s is stuck and left behind", self._tier.url)
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that run still; they read the slots of what they write."""
+        return self._crew.threads
 
-    def _stop(self) -> None:
-        """Accept nothing from now on, and drop what is queued."""
+    def stop(self) -> None:
+        """Accept nothing from now on, and drop what is queued; waits for nothing."""
         with self._changed:
             self._accepts = False
+        self._crew.dismiss()
+        self._drop_queued()
+
+    def close(self) -> None:
+        """Drop what is queued and wait a while for the writes that are under way."""
+        self.stop()
+        if not join_all(self.threads, time.monotonic() + CLOSE_TIMEOUT_S):
+            logger.warning("a write to %s is stuck and left behind", self._tier.url)
+
+    def _drop_queued(self) -> None:
+        with self._changed:
             dropped = list(self._queue)
             self._queue.clear()
             self._changed.notify_all()
         for save in dropped:
             self._end(save, None)
 
-    def _work(self) -> None:
-        while self._wait_for_ready():
-            if not self._tier.writing.usable():
-                self._pause()
-            elif (save := self._take()) is not None:
-                self._write(save)
-
-    def _wait_for_ready(self) -> bool:
-        """Wait until there is a save to write; False when there will be none."""
+    def _work(self) -> bool:
+        """Wait until there is a save to write, and write it; False when there will be none."""
         with self._changed:
             self._changed.wait_for(lambda: not self._accepts or self._ready() is not None)
-            return self._accepts
+            if not self._accepts:
+                return False
+        if not self._tier.writing.usable():
+            self._pause()
+        elif (save := self._take()) is not None:
+            self._write(save)
+        return True
+
+    def _watch_store(self) -> None:
+        """Ask for the store's health while something waits: all who write may be stuck in it."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._accepts or self._num_pending)
+            self._pause()
+            if not self._accepts:
+                return
+            self._tier.writing.usable()
 
     def _pause(self) -> None:
         with self._changed:
@@ -182,7 +174,7 @@ class SaveQueue:
             (i for i, save in enumerate(self._queue) if save.hashes[0] not in self._writing), None
         )
 
-    def _take(self) -> _Save | None:
+    def _take(self) -> Save | None:
         """The next save, with those behind it in the queue that continue its run."""
         with self._changed:
             index = self._ready()
@@ -194,35 +186,66 @@ class SaveQueue:
                 save = save.merged(self._queue[index])
                 del self._queue[index]
             self._writing.add(save.hashes[0])
+            self._under_way[threading.current_thread()] = save
             return save
 
-    def _write(self, save: _Save) -> None:
+    def _write(self, save: Save) -> None:
         """Write one run, and count it, queue it again, or drop it."""
         num_written: int | None = None
-        may_pass = False
-        with self._tier.writing.operation():
+        may_pass = is_refused = False
+        run = save.run(self._host)
+        with self._tier.writing.operation("write", partial(self._write_again, run)):
             try:
-                num_written = self._tier.write(self._run(save))
+                num_written = self._tier.write(run)
             except (StoreUnavailableError, StoreFullError):
                 may_pass = True
                 raise
             except StoreReadOnlyError as error:
-                logger.warning("%s cannot be written to, saving ends: %s", self._tier.url, error)
-                self._stop()
+                is_refused = True
+                logger.warning("%s cannot be written to for now: %s", self._tier.url, error)
                 raise
-        if not self._settled(save, num_written is not None, may_pass):
+        with self._changed:
+            was_lost = self._under_way.pop(threading.current_thread(), None) is None
+        if was_lost:
+            self._come_back(save, num_written)
+        elif not self._settled(save, num_written is not None, may_pass):
             self._end(save, num_written)
+        if is_refused:
+            self._drop_queued()
 
-    def _run(self, save: _Save) -> BlockRun:
-        slots = [slot for lease in save.leases for slot in lease.slots]
-        return BlockRun(
-            save.parent,
-            save.hashes,
-            payloads=tuple(self._host.buffer(slot).toreadonly() for slot in slots),
-            checksums=tuple(self._host.checksum(slot) for slot in slots),
-        )
+    def _write_again(self, run: BlockRun) -> None:
+        """Write a copy of one block of a run whose write hangs: does the store write at all?
 
-    def _settled(self, save: _Save, succeeded: bool, may_pass: bool) -> bool:
+        The last one, as an object that began with the first would stand in the way of the run.
+        """
+        copied = copied_last(run)
+        if copied is not None:
+            self._tier.write(copied)
+
+    def _lose(self, thread: threading.Thread) -> None:
+        """Give up the write in `thread`; its slots stay leased as long as it may read them."""
+        with self._changed:
+            save = self._under_way.pop(thread, None)
+            if save is None:
+                return
+            self._writing.discard(save.hashes[0])
+            self._num_lost += len(save.hashes)
+            self._num_dropped += len(save.hashes)
+            self._num_pending -= len(save.hashes)
+            self._changed.notify_all()
+        self._crew.replace(thread)
+        self._tell(save.hashes, is_stored=False)
+
+    def _come_back(self, save: Save, num_written: int | None) -> None:
+        """A write that was given up has ended after all."""
+        if num_written is not None:
+            self._tell(save.hashes, is_stored=True)
+        for lease in save.leases:
+            self._host.release(lease)
+        with self._changed:
+            self._num_lost -= len(save.hashes)
+
+    def _settled(self, save: Save, succeeded: bool, may_pass: bool) -> bool:
         """Note how a write ended; True when the save waits in the queue for another try.
 
         It goes to the end: a run that cannot be stored must not keep the others waiting. Its blocks
@@ -238,7 +261,7 @@ class SaveQueue:
             self._changed.notify_all()
             return tries_again
 
-    def _end(self, save: _Save, num_written: int | None) -> None:
+    def _end(self, save: Save, num_written: int | None) -> None:
         """Give the leases back and count the blocks: missing before and stored now, or dropped."""
         self._tell(save.hashes, is_stored=num_written is not None)
         for lease in save.leases:

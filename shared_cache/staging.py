@@ -18,9 +18,10 @@ from functools import partial
 
 from shared_cache.cache_stats import CacheStats
 from shared_cache.config import CacheConfig
-from shared_cache.cost import CostGate, GateDecision
+from shared_cache.cost import CostGate
 from shared_cache.errors import CorruptBlockError
 from shared_cache.faults import Clock, FaultLog
+from shared_cache.fetch_state import Wish
 from shared_cache.fetching import Fetcher
 from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
 from shared_cache.host.interface import HostLease, HostTier, NewRun
@@ -29,8 +30,9 @@ from shared_cache.pacing import BandwidthLimit, TurnBudget
 from shared_cache.pieces import BLOCKS_PER_PIECE, PieceReader
 from shared_cache.publishing import Publisher
 from shared_cache.store import BlockStore
-from shared_cache.tier_speeds import PieceRule, TierBlocks
-from shared_cache.tiers import MIN_PATIENCE_S, TieredStore
+from shared_cache.threads import join_all, start_daemon
+from shared_cache.tier_speeds import PieceRule
+from shared_cache.tiers import CLOSE_TIMEOUT_S, MIN_PATIENCE_S, TieredStore
 
 logger = logging.getLogger(__name__)
 
@@ -85,22 +87,25 @@ class SharedCache:
         self._verifies = config.host.verify_every_load and config.host.scope == "process"
         self._lock = threading.Lock()
         self._is_closed = False
+        self.is_flush_hopeless = False  # the last one ran out of time: another one would too
         self._staged_blocks = self._peer_blocks = self._deadline_misses = self._lost_saves = 0
         self._faults = FaultLog(logger, clock)
         self._tiers = TieredStore(stores, config, self._faults, clock)
         self._tokens_per_block = stores[0].namespace.layout.tokens_per_block if stores else 1
         rule = PieceRule(host.block_bytes, BLOCKS_PER_PIECE, config.io_threads)
-        self.gate = CostGate(self._tokens_per_block, rule, config.cost.gate)
+        budget = BandwidthLimit(config.cost.max_fetch_bytes_per_s)
+        self.gate = CostGate(self._tokens_per_block, rule, config.cost.gate, budget=budget)
         self.turn_budget = TurnBudget(config.cost.max_save_share)
         for tier in self._tiers.tiers:
             tier.on_read = self.gate.saw_fetch
+            tier.protect(host)
         max_blocks = min(config.save_queue_bytes // host.block_bytes, max(1, host.num_slots // 2))
         self._publisher = Publisher(
             host, self._tiers, max_blocks, config.io_threads, self._faults, self.gate
         )
         reader = PieceReader(
             host,
-            BandwidthLimit(config.cost.max_fetch_bytes_per_s),
+            budget,
             max(MIN_PATIENCE_S, self.deadline_s) * PEER_PATIENCE,
             self._publisher.promote,
         )
@@ -176,6 +181,8 @@ class SharedCache:
 
     def lose(self, num_blocks: int) -> None:
         """Count blocks that could not be saved: the engine needs their place before their turn."""
+        if not num_blocks:
+            return
         with self._lock:
             self._lost_saves += num_blocks
 
@@ -190,13 +197,15 @@ class SharedCache:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every save is published and written; False when time ran out."""
-        return self._publisher.flush(timeout_s)
+        self.is_flush_hopeless = not self._publisher.flush(timeout_s)
+        return not self.is_flush_hopeless
 
     def stats(self) -> CacheStats:
         """A snapshot; may ask the owner of the node's memory."""
         host = self.host.stats()
         tiers = self._publisher.tier_stats()
         saves = self._publisher.counts
+        gate = self.gate.stats() if tiers else None  # takes milliseconds: not under the lock
         with self._lock:
             return CacheStats(
                 host=host,
@@ -212,20 +221,42 @@ class SharedCache:
                 pending_saves=saves.pending,
                 peer_blocks=self._peer_blocks + self._fetcher.num_from_peers,
                 tiers=tiers,
-                gate=self.gate.stats() if tiers else None,
+                gate=gate,
             )
 
-    def close(self) -> None:
-        """Stop threads, close tiers and host tier; queued saves are dropped: `flush` first."""
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Stop threads, close tiers and host tier; queued saves are dropped: `flush` first.
+
+        A store call that is stuck for longer than `timeout_s` is left behind, and the host tier
+        then stays open until it ends: it may write into our slots, which must not become another
+        process's before.
+        """
         atexit.unregister(self.close)
         with self._lock:
             was_closed, self._is_closed = self._is_closed, True
         if was_closed:
             return
+        deadline_s = time.monotonic() + timeout_s
         self._publisher.close()
         self._fetcher.close()
-        self._tiers.close_stores()
-        self.host.close()
+        threads = [*self._publisher.threads, *self._tiers.threads]
+        if join_all(threads, deadline_s):
+            self._give_back(deadline_s)
+            return
+        logger.warning("a store call is stuck: its memory is given back when it ends")
+        start_daemon(partial(self._give_back_after, threads), "kvcommons-close")
+
+    def _give_back_after(self, threads: Sequence[threading.Thread]) -> None:
+        for thread in threads:
+            thread.join()
+        self._give_back(time.monotonic() + CLOSE_TIMEOUT_S)
+
+    def _give_back(self, deadline_s: float) -> None:
+        """Close host tier and stores, now that nothing of ours uses them any more."""
+        try:
+            self.host.close()
+        finally:
+            self._tiers.close_stores(deadline_s)
 
     def _fetch(
         self, held: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float
@@ -234,8 +265,9 @@ class SharedCache:
 
         The new lease is taken before the old ones end, so nothing is evicted in between.
         """
-        limit = partial(self._worth_fetching, len(hashes), deadline_s)
-        with self._fetcher.fetched(hashes, held.end, held.scope, deadline_s, limit) as got:
+        num_tokens = len(hashes) * self._tokens_per_block + 1
+        wish = Wish(hashes, held.end, held.scope, deadline_s, num_tokens)
+        with self._fetcher.fetched(wish) as got:
             lease = self.host.lease_held(hashes[held.first :])
             delivered = got.delivered
         self.host.release(held.lease)
@@ -244,17 +276,6 @@ class SharedCache:
         grown = self._verified(replace(held, lease=lease), hashes, held.end)
         fetched = frozenset(i for i in range(held.end, grown.end) if hashes[i] in delivered)
         return replace(grown, fetched=fetched)
-
-    def _worth_fetching(
-        self, num_blocks: int, deadline_s: float, num_present: int, found: TierBlocks
-    ) -> GateDecision:
-        """How many of the blocks that a tier has are to be fetched; the rest is computed."""
-        return self.gate.blocks_to_load(
-            num_present,
-            [found],
-            num_blocks * self._tokens_per_block + 1,
-            deadline_s=max(0.0, deadline_s - time.monotonic()),
-        )
 
     def _verified(
         self, staged: StagedPrefix, hashes: Sequence[BlockHash], start: int
@@ -269,6 +290,9 @@ class SharedCache:
             return staged
         damage = CorruptBlockError(f"block {hashes[index].hex()} is damaged")
         self._faults.record("the host tier", damage)
+        owed = [hashes[staged.first + place] for place in staged.lease.to_store]
+        if owed:
+            self.host.stored(owed, is_stored=False)  # before the lease ends, and its blocks go
         good = self.host.lease_held(hashes[staged.first : index])
         self.host.release(staged.lease)
         self.host.drop([hashes[index]])

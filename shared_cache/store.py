@@ -15,6 +15,7 @@ from itertools import pairwise
 from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
 from shared_cache.namespace import Namespace
+from shared_cache.store_faults import StoreFaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,16 @@ class BlockStore(ABC):
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
 
+    @property
+    def faults(self) -> StoreFaults:
+        """How many objects were not what they should be, since this store was opened."""
+        return StoreFaults(corrupt=0, foreign=0, vanished=0)
+
+    @property
+    def num_retries(self) -> int:
+        """How many operations on the medium were tries that were not the first."""
+        return 0
+
     @abstractmethod
     def match(self, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks of `hashes` are stored; moves no payload bytes.
@@ -130,13 +141,8 @@ class BlockStore(ABC):
         """
         return 0
 
-    def learn(  # noqa: B027 - most stores need no hints
-        self, first_hash: BlockHash, hashes: Sequence[BlockHash]
-    ) -> None:
-        """Take a hint from another process: blocks `hashes` lie in the run begun by `first_hash`.
-
-        Moves no bytes. A wrong hint does no harm.
-        """
+    def refresh_in_background(self) -> None:  # noqa: B027 - most stores know where all blocks lie
+        """Call `refresh` soon and now and then, until this store is closed; returns at once."""
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing that needs closing
         """Give back threads and connections; the store is not used afterwards."""

@@ -9,15 +9,19 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from shared_cache.estimates import LinkEstimate
+from shared_cache.estimates import LinkEstimate, RecentMedian
 
 PROBE_AFTER_DECISIONS = 16
 PROBE_AFTER_S = 30.0
 """A tier that is left alone is measured again after so many decisions, or so long."""
 
+LookUpAdvice = Literal["wait", "probe", "skip"]
+"""Whether to ask a tier what it has: and wait for it, only to measure it, or not at all."""
+
 SURPRISE = 2.0
-"""A read that is so many times faster than predicted: the tier is measured again at once."""
+"""What is so many times faster than predicted is measured again at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,17 @@ class TierSpeeds:
         known = self._tiers.setdefault(tier, _Tier())
         known.saw_fetch(num_bytes, seconds, num_in_flight, now_s)
 
+    def saw_look_up(self, tier: str, seconds: float, now_s: float) -> None:
+        """See `CostGate.saw_look_up`."""
+        self._tiers.setdefault(tier, _Tier()).look_up.add(seconds, now_s)
+
+    def look_up_advice(self, tier: str, worth_s: float, now_s: float) -> LookUpAdvice:
+        """See `CostGate.look_up`; `worth_s` is what it can spare at best."""
+        known = self._tiers.setdefault(tier, _Tier())
+        if known.look_up.median_s <= worth_s:
+            return "wait"
+        return "probe" if known.look_up.turn.is_due(now_s) else "skip"
+
     def refit(self) -> None:
         """Learn from the reads since the last call; call it before the questions below."""
         for tier in self._tiers.values():
@@ -111,7 +126,7 @@ class TierSpeeds:
         end = 0
         for part in available:
             if part.num_blocks and end == num_blocks:
-                is_due = self._tiers[part.tier].is_due(now_s)
+                is_due = self._tiers[part.tier].turn.is_due(now_s)
                 return min(self._rule.blocks_per_piece, part.num_blocks) if is_due else 0
             end += part.num_blocks
         return 0
@@ -139,31 +154,62 @@ class _Piece:
 
 
 class _Tier:
-    """One tier's link, and whether it is time to measure it again."""
+    """One tier's link and look-ups, and whether it is time to measure them again."""
 
     def __init__(self) -> None:
         self.link = LinkEstimate()
-        self._num_passed_over = 0
-        self._tried_s = 0.0
+        self.turn = _ProbeTurn()
+        self.look_up = _LookUp()
 
     def saw_fetch(self, num_bytes: int, seconds: float, num_in_flight: float, now_s: float) -> None:
         is_surprise = seconds * SURPRISE < self.link.seconds(num_bytes, num_in_flight)
         self.link.add(num_bytes, num_in_flight, seconds, now_s)
-        self._num_passed_over = PROBE_AFTER_DECISIONS if is_surprise else 0
-        self._tried_s = now_s
-
-    def is_due(self, now_s: float) -> bool:
-        """Called when a decision passes this tier over; True at most once until the next sample."""
-        self._num_passed_over += 1
-        long_ago = now_s - self._tried_s >= PROBE_AFTER_S
-        if self._num_passed_over <= PROBE_AFTER_DECISIONS and not long_ago:
-            return False
-        self._num_passed_over = 0
-        self._tried_s = now_s
-        return True
+        self.turn.tried(now_s, again=is_surprise)
 
     def speed(self, piece_bytes: int) -> TierSpeed:
         latency_s = self.link.seconds(0)
         transfer_s = self.link.seconds(piece_bytes) - latency_s
         bytes_per_s = piece_bytes / transfer_s if transfer_s > 0 else math.inf
         return TierSpeed(latency_s, bytes_per_s, self.link.num_samples)
+
+
+class _ProbeTurn:
+    """When something that is passed over is to be measured again."""
+
+    def __init__(self) -> None:
+        self._num_passed_over = 0
+        self._tried_s = 0.0
+
+    def tried(self, now_s: float, *, again: bool) -> None:
+        """It was measured; with `again` it is to be measured once more at once."""
+        self._num_passed_over = PROBE_AFTER_DECISIONS if again else 0
+        self._tried_s = now_s
+
+    def is_due(self, now_s: float) -> bool:
+        """Called when it is passed over; True at most once until the next sample."""
+        self._num_passed_over += 1
+        long_ago = now_s - self._tried_s >= PROBE_AFTER_S
+        if self._num_passed_over <= PROBE_AFTER_DECISIONS and not long_ago:
+            return False
+        self.tried(now_s, again=False)
+        return True
+
+
+class _LookUp:
+    """How long a tier takes to say what it has."""
+
+    def __init__(self) -> None:
+        self.turn = _ProbeTurn()
+        self._seconds = RecentMedian()
+        self._num_samples = 0
+
+    @property
+    def median_s(self) -> float:
+        """0.0 as long as it is not known."""
+        is_known = self._num_samples >= LinkEstimate.MIN_SAMPLES
+        return (self._seconds.value or 0.0) if is_known else 0.0
+
+    def add(self, seconds: float, now_s: float) -> None:
+        self.turn.tried(now_s, again=seconds * SURPRISE < self.median_s)
+        self._seconds.add(seconds)
+        self._num_samples += 1

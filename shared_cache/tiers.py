@@ -6,24 +6,29 @@ far tier is offered to the nearer ones; only the last one, the shared tier, deci
 counts as stored.
 """
 
+import logging
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from shared_cache.config import CacheConfig, TierConfig
+from shared_cache.errors import StoreFullError
 from shared_cache.faults import Clock, FaultLog, StoreGuard
 from shared_cache.hashing import BlockHash
+from shared_cache.meters import BusyMeter
 from shared_cache.store import BlockRun, BlockStore
-from shared_cache.threads import IoThreads
+from shared_cache.threads import IoThreads, join_all, start_daemon
 
 if TYPE_CHECKING:
+    from shared_cache.host.interface import HostTier
     from shared_cache.upkeep import Housekeeper
 
+logger = logging.getLogger(__name__)
+
 CLOSE_TIMEOUT_S = 5.0
-"""How long closing waits for store calls that are under way."""
+"""How long closing a cache waits for all store calls that are under way."""
 
 MIN_PATIENCE_S = 1.0
 """The shortest time without any answer after which a tier counts as hanging."""
@@ -41,7 +46,7 @@ class TierStats:
 
     `read_s` and `write_s` are the seconds in which at least one such call was under way.
     `declined_blocks` were not worth writing there, `dropped_blocks` found no room in the queue or
-    failed.
+    failed. Corrupt, foreign and vanished objects were misses; `retries` may have been served.
     """
 
     url: str
@@ -54,6 +59,10 @@ class TierStats:
     dropped_blocks: int = 0
     declined_blocks: int = 0
     faults: int = 0
+    corrupt_objects: int = 0
+    foreign_objects: int = 0
+    vanished_objects: int = 0
+    retries: int = 0
 
 
 class Tier:
@@ -69,7 +78,7 @@ class Tier:
         is_shared: bool,
         guards: tuple[StoreGuard, StoreGuard],
         num_threads: int,
-        all_reads: "BusyMeter",
+        all_reads: BusyMeter,
     ) -> None:
         """`guards` are those for reading and for writing; `all_reads` counts all tiers together."""
         self.url = config.url
@@ -77,6 +86,7 @@ class Tier:
         self.is_shared = is_shared
         self.reading, self.writing = guards
         self.threads = IoThreads(num_threads, "kvcommons-fetch")
+        self.reading.on_lost = self.threads.crew.replace
         self.on_read: SawRead | None = None
         self._store = store
         self._housekeeper = _housekeeper(store, config)
@@ -105,7 +115,7 @@ class Tier:
         if not self.reading.usable():
             return 0
         num_found = 0
-        with self.reading.operation():
+        with self.reading.operation("match", partial(self._store.match, chain)):
             num_found = self._store.match(chain) - start
             if num_found < 0:  # the beginning is not stored, the run may be all the same
                 num_found = self._store.match(chain[start:])
@@ -119,7 +129,7 @@ class Tier:
         with (
             self._all_reads.running(),
             self._reads.running() as call,
-            self.reading.operation(),
+            self.reading.operation("read", partial(self._read_again, hashes[:1])),
         ):
             checksums = self._store.read_into(hashes, buffers)[: len(hashes)]
         with self._reads.lock:
@@ -129,10 +139,20 @@ class Tier:
             self.on_read(self.url, num_bytes, call.seconds, call.num_in_flight)
         return checksums
 
+    def _read_again(self, hashes: Sequence[BlockHash]) -> None:
+        """Read what a read hangs over, into memory of its own: does the store read at all?"""
+        block_bytes = self._store.namespace.layout.block_bytes
+        self._store.read_into(hashes, [memoryview(bytearray(block_bytes)) for _ in hashes])
+
     def write(self, run: BlockRun) -> int:
         """See `BlockStore.write`; raises what the store raises: call it in `writing.operation`."""
-        with self._writes.running():
-            num_written = self._store.write(run)
+        try:
+            with self._writes.running():
+                num_written = self._store.write(run)
+        except StoreFullError:
+            if self._housekeeper is not None:
+                self._housekeeper.found_full()
+            raise
         if self._housekeeper is not None:
             self._housekeeper.written(num_written * self._store.namespace.layout.block_bytes)
         return num_written
@@ -140,6 +160,7 @@ class Tier:
     def stats(self, num_written: int = 0, num_dropped: int = 0, num_declined: int = 0) -> TierStats:
         """The counters; those of writing come from whoever queues the writes."""
         block_bytes = self._store.namespace.layout.block_bytes
+        objects = self._store.faults
         return TierStats(
             url=self.url,
             read_blocks=self._read_blocks,
@@ -153,7 +174,16 @@ class Tier:
             faults=self.reading.num_faults
             + self.writing.num_faults
             + (self._housekeeper.num_faults if self._housekeeper else 0),
+            corrupt_objects=objects.corrupt,
+            foreign_objects=objects.foreign,
+            vanished_objects=objects.vanished,
+            retries=self._store.num_retries,
         )
+
+    def protect(self, host: "HostTier") -> None:
+        """Never delete from the shared tier what `host` has in use."""
+        if self._housekeeper is not None and self.is_shared:
+            self._housekeeper.protect(host)
 
     def close_store(self) -> None:
         """Stop looking after the store, and give back what it holds."""
@@ -170,6 +200,7 @@ class TieredStore:
     ) -> None:
         """`stores` are those of `config.all_tiers`, in the same order."""
         last = len(stores) - 1
+        self._faults = faults
         self._reads = BusyMeter()
         self.tiers = tuple(
             Tier(
@@ -206,15 +237,26 @@ class TieredStore:
         """The tiers nearer than `tier`."""
         return self.tiers[: self.tiers.index(tier)]
 
-    def close_threads(self) -> None:
-        """Stop reading; waits a while for the reads that are under way."""
-        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
-        for tier in self.tiers:
-            tier.threads.close(max(0.0, deadline_s - time.monotonic()))
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that run still; they may write into slots that are reserved for it."""
+        return [thread for tier in self.tiers for thread in tier.threads.crew.threads]
 
-    def close_stores(self) -> None:
-        """Give back what the stores hold."""
+    def close_threads(self) -> None:
+        """Read nothing from now on; waits for nothing."""
         for tier in self.tiers:
+            tier.threads.stop()
+
+    def close_stores(self, deadline_s: float) -> None:
+        """Give back what the stores hold; one that hangs is waited for until `deadline_s`."""
+        closing = [
+            start_daemon(partial(self._close, tier), "kvcommons-close") for tier in self.tiers
+        ]
+        if not join_all([thread for thread in closing if thread is not None], deadline_s):
+            logger.warning("closing a store takes too long; it is left behind")
+
+    def _close(self, tier: Tier) -> None:
+        with self._faults.caught(f"closing {tier.url}"):
             tier.close_store()
 
 
@@ -246,47 +288,3 @@ def _guards(
         for verb, seconds in patiences_s.items()
     )
     return reading, writing
-
-
-@dataclass(slots=True)
-class Call:
-    """One metered call, complete when it has ended."""
-
-    seconds: float = 0.0
-    num_in_flight: float = 0.0
-
-
-class BusyMeter:
-    """Adds up the time in which at least one of several overlapping calls ran."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._busy_s = 0.0
-        self.num_running = 0
-        self._since_s = 0.0
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds so far, calls that still run left out."""
-        with self.lock:
-            return self._busy_s
-
-    @contextmanager
-    def running(self) -> Iterator[Call]:
-        """Count the time of the block; yields what is known of this call afterwards."""
-        call, start_s = Call(), time.monotonic()
-        with self.lock:
-            if not self.num_running:
-                self._since_s = start_s
-            self.num_running += 1
-            num_at_start = self.num_running
-        try:
-            yield call
-        finally:
-            now_s = time.monotonic()
-            with self.lock:
-                call.seconds = now_s - start_s
-                call.num_in_flight = (num_at_start + self.num_running) / 2
-                self.num_running -= 1
-                if not self.num_running:
-                    self._busy_s += now_s - self._since_s

@@ -3,34 +3,34 @@
 Any number of processes may clean up at the same time, beside readers and writers: a run that is
 gone is a miss, and deleting it once more is no error. On a local disk a lock keeps all but one from
 it all the same, and nobody lists a store in which little has changed: that takes seconds where it
-is large.
+is large. Whoever notices that something must go wakes the one whose turn it is.
 """
 
-import errno
 import logging
-import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
-
-from filelock import FileLock, Timeout
 
 from shared_cache.collecting import CollectionRules, Victim, choose_victims
 from shared_cache.config import TierConfig
 from shared_cache.faults import Clock, FaultLog
 from shared_cache.hashing import BlockHash
+from shared_cache.host.interface import HostTier
+from shared_cache.size_estimate import SizeEstimate
 from shared_cache.store import BlockStore
+from shared_cache.upkeep_turn import Turn, lock_path
 from shared_cache.whole_store import Deletable, FoundNamespace, WholeStore, folder_of
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = "upkeep.lock"
-RELIST_ROUNDS = 10
-"""A store is listed again after so many rounds, however little this process has written."""
+DUE_SHARE = 0.01
+"""Part of the budget: who wrote as much has the store listed again."""
 
+MIN_PAUSE_S = 1.0
+"""Between two rounds, however urgent they are."""
 CLOSE_TIMEOUT_S = 5.0
 
 Stores = Mapping[str, Deletable]
@@ -54,11 +54,29 @@ def plan_collection(
     stores: Stores,
     rules: CollectionRules,
     now_s: float,
-    keep: Callable[[BlockHash], bool] = lambda block_hash: False,
+    host: HostTier | None = None,
+    host_namespace: str = "",
 ) -> Collected:
-    """List `stores` and choose what is to be deleted; see `choose_victims`. Deletes nothing."""
+    """List `stores` and choose what is to be deleted; see `choose_victims`. Deletes nothing.
+
+    Blocks of `host_namespace` that `host` has in use are spared, whatever their age, and go for the
+    budget only when there is nothing else: a disk that is full helps nobody.
+    """
     runs = {key: list(store.entries()) for key, store in stores.items()}
-    victims = tuple(choose_victims(runs, rules, now_s, keep))
+    kept: Set[BlockHash] = frozenset()
+    victims = tuple(choose_victims(runs, rules, now_s))
+    while host is not None:  # only what is to go is asked for; what goes instead, then
+        asked = [h for one in victims if one.namespace == host_namespace for h in one.run.hashes]
+        more = host.in_use(asked)
+        if more <= kept:
+            break
+        kept |= more
+        victims = tuple(choose_victims(runs, rules, now_s, kept.__contains__))
+    if kept:
+        gone = {(victim.namespace, victim.run.name) for victim in victims}
+        left = {key: [r for r in some if (key, r.name) not in gone] for key, some in runs.items()}
+        budget = CollectionRules(max_bytes=rules.max_bytes)
+        victims += tuple(choose_victims(left, budget, now_s))
     all_bytes = sum(run.num_bytes for some in runs.values() for run in some)
     return Collected(victims, all_bytes - sum(victim.run.num_bytes for victim in victims))
 
@@ -68,9 +86,12 @@ class Housekeeper:
 
     What it knows of the store's size is the last listing, what this process has written since
     (`written`), and how fast the store grew between the last two listings. It lists again when that
-    exceeds the budget, and every `RELIST_ROUNDS` rounds; heads are read only when something is to
-    be deleted. `whole` is the store with all its namespaces, which share the limits; None: there is
-    only the namespace of `store`.
+    exceeds the budget, at once if it was this process that wrote; when the disk was found full
+    (`found_full`); every `RELIST_ROUNDS` rounds; and, until it has listed twice, in every round.
+    Heads are read only when something is to be deleted.
+
+    `whole` is the store with all its namespaces, which share the limits; None: there is only the
+    namespace of `store`.
     """
 
     def __init__(
@@ -87,8 +108,11 @@ class Housekeeper:
         self._interval_s = interval_s
         self._clock = clock
         self._whole = whole
+        self._host: HostTier | None = None
         self._estimate = SizeEstimate()
-        self._turn = Turn(_lock_path(getattr(store, "url", None)))
+        self._turn = Turn(lock_path(getattr(store, "url", None)))
+        self._untold_bytes = 0
+        self._wake = threading.Event()
         self._faults = FaultLog(logger)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="kvcommons-upkeep", daemon=True)
@@ -100,6 +124,25 @@ class Housekeeper:
     def written(self, num_bytes: int) -> None:
         """This process has stored so many bytes."""
         self._estimate.written(num_bytes)
+        if self._rules.max_bytes is None:
+            return
+        least_bytes = DUE_SHARE * self._rules.max_bytes
+        self._untold_bytes += num_bytes  # a lost update only delays what follows
+        if self._untold_bytes > least_bytes:
+            self._untold_bytes = 0
+            self._turn.call()
+        if self._estimate.is_over(self._rules.max_bytes, least_bytes):
+            self._wake.set()
+
+    def found_full(self) -> None:
+        """The store had no room for a block."""
+        self._turn.call()
+        self._estimate.distrust()
+        self._wake.set()
+
+    def protect(self, host: HostTier) -> None:
+        """Spare what `host` has in use, of the store's namespace, and tell it what was deleted."""
+        self._host = host
 
     @property
     def num_faults(self) -> int:
@@ -111,11 +154,12 @@ class Housekeeper:
 
         Raises what the store raises.
         """
-        if not self._estimate.is_due(self._rules.max_bytes) or not self._turn.take():
+        is_due = self._estimate.is_due(self._rules.max_bytes)
+        if not self._turn.take() or not (self._turn.was_called() or is_due):
             return None
         now_s, found = self._clock(), []
         if self._whole is not None:
-            found = [one for one in self._whole.find() if not one.is_newer]
+            found = [one for one in self._whole.find(tidies=True) if not one.is_newer]
             if not self._has_work(found, now_s):
                 num_bytes = sum(one.num_bytes for one in found)
                 self._estimate.listed(num_bytes, num_bytes)
@@ -139,26 +183,35 @@ class Housekeeper:
             stores = self._whole.deletable(found) if self._whole else {}
             for other in stores.values():
                 opened.callback(other.close)
-            stores[folder_of(self._store.namespace)] = self._store
-            plan = plan_collection(stores, self._rules, now_s)
+            own = folder_of(self._store.namespace)
+            stores[own] = self._store
+            plan = plan_collection(stores, self._rules, now_s, self._host, own)
             for victim in plan.victims:
                 if self._closing.is_set():
                     break
                 stores[victim.namespace].delete(victim.run.name)
                 done.append(victim)
+                if self._host is not None and victim.namespace == own:
+                    self._host.stored(victim.run.hashes, is_stored=False)
         kept_bytes = sum(victim.run.num_bytes for victim in plan.victims[len(done) :])
         return Collected(tuple(done), plan.left_bytes + kept_bytes)
 
     def close(self) -> None:
         """Stop, after at most `CLOSE_TIMEOUT_S`; a second close is a no-op."""
         self._closing.set()
+        self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(CLOSE_TIMEOUT_S)
         self._turn.give_up()
 
     def _work(self) -> None:
         # Processes that were started together must not list a store together.
-        while not self._closing.wait(self._interval_s * random.uniform(0.5, 1.0)):
+        pause_s = min(MIN_PAUSE_S, self._interval_s)
+        while not self._closing.wait(pause_s):
+            self._wake.wait(max(0.0, self._interval_s * random.uniform(0.5, 1.0) - pause_s))
+            self._wake.clear()
+            if self._closing.is_set():
+                return
             with self._faults.caught("cleaning up the store"):
                 self.tick()
 
@@ -172,80 +225,3 @@ def keep_house(store: BlockStore, tier: TierConfig) -> Housekeeper | None:
         return None
     whole = WholeStore(tier.url, tier.options)
     return Housekeeper(store, tier.max_bytes, tier.max_age_s, whole=whole)
-
-
-class SizeEstimate:
-    """How large a store is by now, as far as can be told without listing it; thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._listed_bytes: int | None = None
-        self._written_bytes = 0
-        self._growth_bytes = 0.0
-        self._num_rounds = 0
-
-    def written(self, num_bytes: int) -> None:
-        """This process has stored so many bytes since the last listing."""
-        with self._lock:
-            self._written_bytes += num_bytes
-
-    def listed(self, num_bytes: int, left_bytes: int) -> None:
-        """Listing found `num_bytes`, of which `left_bytes` were left there."""
-        with self._lock:
-            if self._listed_bytes is not None:
-                grown_bytes = max(0, num_bytes - self._listed_bytes)
-                self._growth_bytes = grown_bytes / max(1, self._num_rounds)
-            self._listed_bytes = left_bytes
-            self._written_bytes = self._num_rounds = 0
-
-    def is_due(self, max_bytes: int | None) -> bool:
-        """Whether the store must be listed now; called once a round."""
-        with self._lock:
-            self._num_rounds += 1
-            if self._listed_bytes is None or self._num_rounds >= RELIST_ROUNDS:
-                return True
-            grown_bytes = max(self._written_bytes, self._growth_bytes * self._num_rounds)
-            return max_bytes is not None and self._listed_bytes + grown_bytes > max_bytes
-
-
-class Turn:
-    """The right to clean up a local store: one process has it until it ends or gives it up.
-
-    Without a path, and where there are no locks or the file is another user's, everybody has it.
-    """
-
-    _NO_LOCKS = frozenset(
-        {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM}
-    )
-
-    def __init__(self, path: str | None) -> None:
-        self._lock = FileLock(path, timeout=0, thread_local=False) if path else None
-
-    def take(self) -> bool:
-        """True when this process has the right now."""
-        if self._lock is None or self._lock.is_locked:
-            return True
-        try:
-            self._lock.acquire()
-        except Timeout:
-            return False
-        except NotImplementedError:
-            self._lock = None
-        except OSError as error:
-            if error.errno not in self._NO_LOCKS:
-                raise
-            self._lock = None
-        return True
-
-    def give_up(self) -> None:
-        """Let another process have it."""
-        if self._lock is not None:
-            self._lock.release()
-
-
-def _lock_path(url: str | None) -> str | None:
-    """Where processes agree on who cleans up the store at `url`; None unless it is local."""
-    protocol, _, path = (url or "").rpartition("://")
-    if not path or protocol not in ("", "file", "local"):
-        return None
-    return os.path.join(os.path.abspath(os.path.expanduser(path)), LOCK_NAME)

@@ -47,10 +47,19 @@ def hottest_prefixes(runs: Iterable[StoredRun], max_blocks: int) -> Iterator[Sto
         yield StoredPrefix(prefix.root, hashes)
 
 
-def warm_prefix(host: HostTier, store: BlockStore, prefix: StoredPrefix, pin_s: float = 0.0) -> int:
+def warm_prefix(
+    host: HostTier,
+    store: BlockStore,
+    prefix: StoredPrefix,
+    pin_s: float = 0.0,
+    *,
+    is_shared: bool = False,
+) -> int:
     """Bring `prefix` into host memory; how many of its leading blocks are there now.
 
     Fewer than all when the memory is full or a block cannot be read. Pins them for `pin_s` seconds.
+    `is_shared`: the store is the shared tier of those who use this memory; else they are left to
+    store there what they use.
     """
     num_here = 0
     while num_here < len(prefix.hashes):
@@ -59,9 +68,9 @@ def warm_prefix(host: HostTier, store: BlockStore, prefix: StoredPrefix, pin_s: 
         num_here = len(claim.lease.slots)
         asked = [prefix.hashes[index] for index in claim.lease.to_store]
         try:
-            host.stored(asked, True)
+            host.stored(asked, is_shared)
             if claim.slots:
-                num_here += _fill(host, store, prefix, claim)
+                num_here += _fill(host, store, prefix, claim, is_shared)
         finally:
             host.release(claim.lease)
         if num_here == num_before:
@@ -71,7 +80,9 @@ def warm_prefix(host: HostTier, store: BlockStore, prefix: StoredPrefix, pin_s: 
     return num_here
 
 
-def _fill(host: HostTier, store: BlockStore, prefix: StoredPrefix, claim: HostClaim) -> int:
+def _fill(
+    host: HostTier, store: BlockStore, prefix: StoredPrefix, claim: HostClaim, is_shared: bool
+) -> int:
     """Read and publish the claimed blocks; how many of them are in host memory now."""
     start = len(claim.lease.slots)
     wanted = prefix.hashes[start : start + len(claim.slots)]
@@ -84,8 +95,9 @@ def _fill(host: HostTier, store: BlockStore, prefix: StoredPrefix, claim: HostCl
     if not num_good:
         return 0
     parent = prefix.hashes[start - 1] if start else prefix.root
-    run = NewRun(parent, wanted[:num_good], is_stored=True, checksums=checksums)
+    run = NewRun(parent, wanted[:num_good], is_stored=is_shared, checksums=checksums)
     lease = host.commit(claim.slots[:num_good], run)
+    host.stored([run.hashes[position] for position in lease.to_store], is_stored=False)
     host.release(lease)
     return len(lease.slots)
 

@@ -102,16 +102,17 @@ class WholeStore:
     url: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def find(self) -> list[FoundNamespace]:
+    def find(self, *, tidies: bool = False) -> list[FoundNamespace]:
         """All namespaces, by folder, from a listing that opens no object; none if no such store.
 
+        Changes nothing, or, if it `tidies`, removes what dead writers left (see `Medium.list`).
         Raises `ConfigError` for a wrong URL, `StoreError` for a store in trouble.
         """
         found: list[FoundNamespace] = []
         for version in range(1, FORMAT_VERSION + 2):
             medium, _ = open_medium(self.url, self.options, f"v{version}")
             with reading(self.url):
-                found.extend(_namespaces(medium, version))
+                found.extend(_namespaces(medium, version, tidies))
         return sorted(found, key=lambda one: one.folder)
 
     def open(self, namespace: Namespace) -> FsBlockStore:
@@ -168,9 +169,9 @@ class _Tally:
     has_description: bool = False
 
 
-def _namespaces(medium: Medium, version: int) -> Iterator[FoundNamespace]:
+def _namespaces(medium: Medium, version: int, tidies: bool) -> Iterator[FoundNamespace]:
     tallies: dict[str, _Tally] = {}
-    for item in medium.list():
+    for item in medium.list(tidies=tidies):
         fingerprint, _, name = item.name.partition("/")
         tally = tallies.setdefault(fingerprint, _Tally())
         if name == DESCRIPTION:

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Literal
 
 from shared_cache.eviction.lru import LruPolicy
-from shared_cache.eviction.policy import EvictionPolicy
+from shared_cache.eviction.policy import MAX_REFUSED, EvictionPolicy
 from shared_cache.eviction.priority import PriorityPolicy
 from shared_cache.eviction.s3fifo import S3FifoPolicy
 
 __all__ = [
+    "MAX_REFUSED",
     "EvictionPolicy",
     "LruPolicy",
     "PolicyName",

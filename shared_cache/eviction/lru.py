@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from shared_cache.eviction.policy import EvictionPolicy
+from shared_cache.eviction.policy import MAX_REFUSED, EvictionPolicy
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import DEFAULT_RETENTION, Retention
 
@@ -35,8 +35,8 @@ class LruPolicy(EvictionPolicy):
     def evict(self, num_blocks: int, try_evict: Callable[[BlockHash], bool]) -> int:
         """See `EvictionPolicy.evict`."""
         num_evicted = 0
-        for _ in range(len(self._oldest_first)):
-            if num_evicted >= num_blocks:
+        for num_offered in range(len(self._oldest_first)):
+            if num_evicted >= num_blocks or num_offered - num_evicted >= MAX_REFUSED:
                 break
             block_hash = next(iter(self._oldest_first))
             if try_evict(block_hash):

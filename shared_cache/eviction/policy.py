@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import DEFAULT_RETENTION, Retention
 
+MAX_REFUSED = 2048
+"""After so many refusals in a call (1 to 2 ms) a policy gives up: everybody else waits for it."""
+
 
 class EvictionPolicy(ABC):
     """Ranks the blocks of one tier (or of one tenant in it). Not thread-safe.
@@ -35,7 +38,8 @@ class EvictionPolicy(ABC):
 
         `try_evict` drops the block and returns True, or False if it may not go now (leased, or its
         children are still there); it does not call back into the policy. One pass over the blocks
-        at most; what was taken is forgotten here.
+        at most, which ends early after `MAX_REFUSED` refusals (the next call offers others first);
+        what was taken is forgotten here.
         """
 
     @abstractmethod

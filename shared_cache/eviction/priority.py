@@ -16,7 +16,8 @@ from shared_cache.host.interface import DEFAULT_PRIORITY, DEFAULT_RETENTION, Ret
 class PriorityPolicy(EvictionPolicy):
     """Drops the lowest priority first, and within one priority as `LruPolicy`.
 
-    A block whose priority has run out counts as if it had been asked for at that moment. `clock`
+    A block whose priority has run out counts as if it had been asked for at that moment. The limit
+    on refusals is one for each priority, or those of the lowest would hide all others. `clock`
     gives seconds and never goes back.
     """
 

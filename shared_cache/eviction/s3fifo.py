@@ -7,7 +7,7 @@ always the dearest.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from shared_cache.eviction.policy import EvictionPolicy
+from shared_cache.eviction.policy import MAX_REFUSED, EvictionPolicy
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import DEFAULT_RETENTION, Retention
 
@@ -32,6 +32,8 @@ class S3FifoPolicy(EvictionPolicy):
         self._small: OrderedDict[BlockHash, int] = OrderedDict()
         self._main: OrderedDict[BlockHash, int] = OrderedDict()
         self._ghost: OrderedDict[BlockHash, None] = OrderedDict()
+        self._small_first = False
+        """Whether the small queue is searched first: the main one was, in vain, without an end."""
 
     def inserted(self, run: Sequence[BlockHash], retention: Retention = DEFAULT_RETENTION) -> None:
         """See `EvictionPolicy.inserted`; every retention is the same here."""
@@ -58,7 +60,11 @@ class S3FifoPolicy(EvictionPolicy):
         refused: list[BlockHash] = []
         num_evicted = 0
         try:
-            while num_evicted < num_blocks and (queue := self._queue_of_next()) is not None:
+            while (
+                num_evicted < num_blocks
+                and len(refused) < MAX_REFUSED
+                and (queue := self._queue_of_next()) is not None
+            ):
                 block_hash = next(iter(queue))
                 if try_evict(block_hash):
                     num_evicted += 1
@@ -68,6 +74,7 @@ class S3FifoPolicy(EvictionPolicy):
                     refused.append(block_hash)
                 del queue[block_hash]
         finally:
+            self._small_first = len(refused) >= MAX_REFUSED and not self._small_first
             self._main.update((block_hash, 0) for block_hash in refused)
             self._trim_ghost()
         return num_evicted
@@ -86,7 +93,9 @@ class S3FifoPolicy(EvictionPolicy):
 
         Each move uses up what the block was hit, so that moves are at most as many as hits.
         """
-        while self._small and (not self._main or len(self._small) > self._small_share * len(self)):
+        while self._small and (
+            self._small_first or not self._main or len(self._small) > self._small_share * len(self)
+        ):
             block_hash, frequency = next(iter(self._small.items()))
             if frequency < _MIN_HITS_TO_STAY:
                 return self._small

@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from shared_cache.checksum import block_checksum
+from shared_cache.faults import FaultLog
 from shared_cache.host.arena import OwnedArena
 from shared_cache.host.extents import SLOT_ALIGNMENT_BYTES
+from shared_cache.host.folder import ArenaPaths
 from shared_cache.host.index import HostIndex
 from shared_cache.host.journal import ArenaJournal
 from shared_cache.host.record_format import DamagedRecordsError, ReservedRecord, UsedRecord
@@ -23,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 NOBODY = 0
 """The holder of slots that are held back; clients have other numbers."""
+
+LOG_WAITING_S = 60.0
+"""So often it is said for whom the adopted blocks wait."""
 
 _BATCH_BYTES = 64 << 20
 
@@ -42,8 +47,14 @@ class Adoption:
     """
 
     def __init__(
-        self, arena: OwnedArena, index: HostIndex, journal: ArenaJournal, living: Collection[int]
+        self,
+        paths: ArenaPaths,
+        arena: OwnedArena,
+        index: HostIndex,
+        journal: ArenaJournal,
+        living: Collection[int],
     ) -> None:
+        self._paths = paths
         self._arena = arena
         self._index = index
         self._journal = journal
@@ -54,6 +65,7 @@ class Adoption:
         self._waiting: list[_Waiting] = []
         self._all_returned = asyncio.Event()
         self._num_adopted = 0
+        self._faults = FaultLog(logger)
 
     def begin(self) -> None:
         """Take over the namespaces, extents and reservations; blocks follow with `run`.
@@ -115,12 +127,33 @@ class Adoption:
                 for slot in good:
                     self._adopt(slot, batch[slot])
                 self._wake(batch)
-        await self._all_returned.wait()
+        await self._wait_for_the_living()
         for slot in self._held_back:
             self._index.cancel(NOBODY, (slot,))
         self._held_back.clear()
         self._index.thaw()
         logger.info("adopted %d blocks of the last owner", self._num_adopted)
+
+    async def _wait_for_the_living(self) -> None:
+        """Return when all old clients have come back or died; says for whom it waits."""
+        returned = asyncio.ensure_future(self._all_returned.wait())
+        try:
+            while not (await asyncio.wait((returned,), timeout=LOG_WAITING_S))[0]:
+                logger.warning(
+                    "no block from before the restart is evicted until these processes come back "
+                    "or end: %s",
+                    ", ".join(map(self._who, sorted(self._living))),
+                )
+        finally:
+            returned.cancel()
+
+    def _who(self, holder: int) -> str:
+        """A client's number, and that of its process in its own container, if it noted it."""
+        try:
+            pid = self._paths.client(holder).read_text()
+        except (OSError, ValueError):
+            pid = ""
+        return f"process {pid or 'unknown'} (client {holder:016x})"
 
     def _sort_out(self, slot: int, namespace: int) -> None:
         record = self._arena.records.read(slot)
@@ -183,7 +216,8 @@ class Adoption:
         ready = [waiting for waiting in self._waiting if not waiting.slots]
         self._waiting = [waiting for waiting in self._waiting if waiting.slots]
         for waiting in ready:
-            waiting.go_on()
+            with self._faults.caught("letting a client go on after its blocks were checked"):
+                waiting.go_on()
 
     def _check_returned(self) -> None:
         if not self._living:

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +34,8 @@ MAX_EXTENT_BYTES = 256 << 20
 EXTENTS_PER_ARENA = 16
 BOOT_BYTES = 16
 
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
 _SHMEM_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
@@ -69,7 +72,8 @@ class OwnedArena:
     def open(cls, paths: ArenaPaths, host_bytes: int) -> "OwnedArena":
         """The arena that a crashed owner left if it has this size, else a fresh one.
 
-        Raises `ConfigError` when the file system has no room for `host_bytes`.
+        Raises `ConfigError` when the file system has no room for `host_bytes`, or a control group
+        allows less memory than that.
         """
         geometry = geometry_for(host_bytes)
         try:
@@ -137,6 +141,7 @@ def _make_files(paths: ArenaPaths, geometry: Geometry) -> Header:
     for path in (paths.records, paths.arena):
         path.unlink(missing_ok=True)
     _check_room(paths, geometry)
+    _check_limit(geometry)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     arena_fd = os.open(paths.arena, flags, 0o600)
     try:
@@ -164,6 +169,43 @@ def _check_room(paths: ArenaPaths, geometry: Geometry) -> None:
             "the memory file system more room (in a container: --shm-size), or set "
             "cache.host.folder to another one"
         )
+
+
+def _check_limit(geometry: Geometry) -> None:
+    """Memory files count as the container's memory: beyond its limit the system kills."""
+    limit_bytes = _memory_limit_bytes()
+    if limit_bytes is not None and geometry.arena_bytes > limit_bytes:
+        raise ConfigError(
+            f"cache.host.bytes asks for an arena of {geometry.arena_bytes >> 20} MiB, but this "
+            f"container or service may use only {limit_bytes >> 20} MiB of memory for all that it "
+            "does: lower cache.host.bytes, or raise that limit"
+        )
+
+
+def _memory_limit_bytes() -> int | None:
+    """The lowest limit that control groups set for the memory of this process; None: none seen."""
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return None
+    limits: list[int] = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            limits += _limits(_GROUPS / "memory", group, "memory.limit_in_bytes")
+        elif not controllers:
+            limits += _limits(_GROUPS, group, "memory.max")
+    return min(limits, default=None)
+
+
+def _limits(root: Path, group: str, name: str) -> Iterator[int]:
+    """The limits of a group and of those around it; inside a container only the root is seen."""
+    relative = Path(group.lstrip("/"))
+    for place in (relative, *relative.parents):
+        with suppress(OSError):
+            text = (root / place / name).read_text().strip()
+            if text.isdecimal():  # else it is "max"
+                yield int(text)
 
 
 def _huge_pages_are_advised() -> bool:

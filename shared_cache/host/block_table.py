@@ -9,7 +9,7 @@ from itertools import groupby, takewhile
 
 from shared_cache.eviction import EvictionPolicy
 from shared_cache.hashing import BlockHash
-from shared_cache.host.blocks import Block, Group, Quota
+from shared_cache.host.blocks import NEVER_CHECKED, Block, Group, Quota
 from shared_cache.host.extents import Extent, SlotPool
 from shared_cache.host.terms import Journal
 
@@ -30,6 +30,8 @@ class BlockTable:
         self.storing: dict[BlockHash, int] = {}
         self.num_attached = 0
         self.num_from_peers = 0
+        self.recheck_turn = -1
+        """Blocks stored before this turn are looked up in the shared tier again when used."""
         self.next_search_s = float("-inf")
         """When `shares` looks again for an extent that others could give."""
         self._groups: dict[bytes | None, Group] = {}
@@ -109,15 +111,40 @@ class BlockTable:
         if block.group.quota is not None:
             block.group.quota.used_bytes += self.block_bytes
 
-    def stored(self, hashes: Sequence[BlockHash]) -> None:
-        """The shared tier has these blocks; those that are not here are ignored."""
+    def stored(self, hashes: Sequence[BlockHash], turn: int) -> None:
+        """The shared tier has these blocks in this turn; those that are not here are ignored."""
         for block_hash in hashes:
             block = self.blocks.get(block_hash)
-            if block is not None and not block.is_stored:
+            if block is None:
+                continue
+            block.uses_to_store = 0
+            block.stored_turn = turn
+            self.storing.pop(block_hash, None)
+            if not block.is_stored:
                 block.is_stored = True
-                block.uses_to_store = 0
-                self.storing.pop(block_hash, None)
                 self._journal.stored(block.slot)
+
+    def not_stored(self, hashes: Sequence[BlockHash], *, is_wanted: bool) -> None:
+        """The shared tier has lost these blocks; if `is_wanted`, the next use offers them again.
+
+        Their records go on to say that they are stored: found after a crash of the owner, they are
+        looked up again when they are used.
+        """
+        for block_hash in hashes:
+            block = self.blocks.get(block_hash)
+            if block is not None and block.is_stored and block_hash not in self.storing:
+                block.is_stored = False
+                block.stored_turn = NEVER_CHECKED
+                block.uses_to_store = int(is_wanted)
+
+    def in_use(self, hashes: Sequence[BlockHash], unused_turn: int) -> list[int]:
+        """The positions of those that are leased, or were asked for after `unused_turn`."""
+        found = []
+        for position, block_hash in enumerate(hashes):
+            block = self.blocks.get(block_hash)
+            if block is not None and (block.num_holders or block.last_use > unused_turn):
+                found.append(position)
+        return found
 
     def give_up_storing(self, holder: int, hashes: Sequence[BlockHash] | None = None) -> None:
         """What `holder` was to store of `hashes` (None: of all) is offered again when used."""

@@ -11,9 +11,15 @@ a plain object with slots, and what is counted is counted in place.
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
-from shared_cache.eviction import EvictionPolicy
+from shared_cache.eviction import MAX_REFUSED, EvictionPolicy
 from shared_cache.hashing import BlockHash
 from shared_cache.host.terms import BlockRecord
+
+NEVER_CHECKED = 1 << 62
+"""A turn that never comes: the block is not to be looked up in the shared tier."""
+
+SEARCH_PAUSE_S = 0.1
+"""How long a group is not searched again after a long search found only blocks that are kept."""
 
 
 class Block:
@@ -24,7 +30,8 @@ class Block:
     turn of the index in which it was asked for last, `offered_at_use` what that was when it was
     next to go and could not, for its children. `is_stored` says that the shared tier has it;
     `uses_to_store` at which use from now on it is offered for storing there (0: at none, as it is
-    stored, being stored, or not wanted).
+    stored, being stored, or not wanted). `stored_turn` is the turn in which the shared tier was
+    last known to have it (`NEVER_CHECKED`: it has not, or that is being looked up).
     """
 
     __slots__ = (
@@ -40,6 +47,7 @@ class Block:
         "parent",
         "pinned_until_s",
         "slot",
+        "stored_turn",
         "uses_to_store",
     )
 
@@ -56,6 +64,7 @@ class Block:
         self.offered_at_use = -1
         self.pinned_until_s = 0.0
         self.uses_to_store = 0
+        self.stored_turn = NEVER_CHECKED
         self.is_frozen = False
 
     def is_kept(self, now_s: float) -> bool:
@@ -91,7 +100,10 @@ class Group:
 
     __slots__ = (
         "_blocks",
+        "_next_search_s",
         "_next_to_go",
+        "_num_kept",
+        "_num_refused",
         "_remove",
         "block_bytes",
         "coldness",
@@ -122,6 +134,8 @@ class Group:
         self._blocks = blocks
         self._remove = remove
         self._next_to_go: Block | None = None
+        self._next_search_s = float("-inf")
+        self._num_refused = self._num_kept = 0  # in this search
         if quota is not None:
             quota.groups.append(self)
 
@@ -131,16 +145,25 @@ class Group:
         A policy meets a prompt's first blocks before its last ones if they came one by one. It gets
         them refused then, and offers them late again; but they are what was to go next. So when a
         block goes, its parent follows at once if it has been offered before, and not used since.
+
+        Going through a large arena for nothing would hold up everybody. So a search is bounded, the
+        next one goes on behind it, and it pauses when nearly all it met is kept by somebody.
         """
-        if len(self.policy) <= max(self.num_leased, self.num_frozen):
-            return 0  # going through a large arena for nothing would hold up everybody
+        num_kept = max(self.num_leased, self.num_frozen)
+        if len(self.policy) <= num_kept or now_s < self._next_search_s:
+            return 0
+        self._num_refused = self._num_kept = 0
         try_evict = partial(self._try_evict, now_s, spared)
         num_evicted = 0
-        while num_evicted < num_blocks and (
-            self._evict_next(try_evict) or self.policy.evict(1, try_evict)
+        while (
+            num_evicted < num_blocks
+            and self._num_refused < MAX_REFUSED
+            and (self._evict_next(try_evict) or self.policy.evict(1, try_evict))
         ):
             num_evicted += 1
         self.num_evicted += num_evicted
+        if not num_evicted and self._num_kept >= MAX_REFUSED // 2:
+            self._next_search_s = now_s + SEARCH_PAUSE_S
         return num_evicted
 
     def _evict_next(self, try_evict: Callable[[BlockHash], bool]) -> bool:
@@ -158,8 +181,11 @@ class Group:
     def _try_evict(self, now_s: float, spared: Collection[Block], name: BlockHash) -> bool:
         block = self._blocks[name]
         if block.is_kept(now_s) or block in spared:
+            self._num_kept += 1
+            self._num_refused += 1
             return False
         if block.num_children:
+            self._num_refused += 1
             block.offered_at_use = block.last_use
             return False
         self.coldness = block.last_use

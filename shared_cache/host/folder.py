@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +135,15 @@ class HeldLock:
         except FileNotFoundError:
             return False
 
+    def note(self, text: str) -> None:
+        """Write `text` into the file, for people to read."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text.encode(), 0)
+
+    def touch(self) -> None:
+        """Mark the file as changed now."""
+        os.utime(self._fd)
+
     def release(self, *, remove: bool = False) -> None:
         """Unlock, and remove the file if wanted; a second release is a no-op.
 
@@ -153,23 +163,78 @@ class ClientFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock: HeldLock | None = None
+        self._guard = threading.Lock()
+        self._has_left = False
 
     def keep(self) -> None:
-        """Have it, whoever may have removed it; raises `OSError` if that cannot be done now."""
-        if self._lock is not None and self._lock.is_in_place():
-            return
+        """Have it, whoever may have removed it; raises `OSError` if that cannot be done now.
+
+        A former one stays locked until the new one is: there is no moment in which we seem dead.
+        """
+        with self._guard:
+            if self._has_left:
+                raise ConnectionAbortedError("this client has ended")
+            former = self._lock
+            if former is not None and former.is_in_place():
+                return
+            self._path.parent.mkdir(mode=0o700, exist_ok=True)
+            lock = HeldLock.acquire(self._path)
+            if lock is None:
+                raise BlockingIOError(f"{self._path} is locked")
+            lock.note(f"{os.getpid()}")
+            self._lock = lock
+            if former is not None:
+                former.release()
+
+    def leave(self) -> None:
+        """Let go of it for good, and remove it."""
+        with self._guard:
+            self._has_left = True
+            if self._lock is not None:
+                self._lock.release(remove=True)
+                self._lock = None
+
+    def abandon_in_child(self) -> None:
+        """In a forked child: let go of it for good without a word."""
+        self._guard = threading.Lock()
+        self._has_left = True
         if self._lock is not None:
             self._lock.release()
-        self._path.parent.mkdir(mode=0o700, exist_ok=True)
-        self._lock = HeldLock.acquire(self._path)
-        if self._lock is None:
-            raise BlockingIOError(f"{self._path} is locked")
-
-    def leave(self, *, remove: bool = True) -> None:
-        """Let go of it; a forked child does so without removing it."""
-        if self._lock is not None:
-            self._lock.release(remove=remove)
             self._lock = None
+
+
+class WatchedFile:
+    """A client's file as the owner has it open: tells of the client's death if removed, too."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `OSError` if the file is not there, or cannot be opened."""
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def is_locked(self) -> bool:
+        """Whether the client lives, be it by this file or by one that took its place."""
+        return _is_fd_locked(self._fd) or is_locked(self._path)
+
+    def close(self) -> None:
+        """Look at it no more."""
+        os.close(self._fd)
+
+
+def remove_if_unlocked(path: Path) -> bool:
+    """Whether nobody has locked this file; then it is removed, under our lock."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    lock = HeldLock(path, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.release()
+        return False
+    is_ours = lock.is_in_place()
+    lock.release(remove=True)
+    return is_ours
 
 
 def is_locked(path: Path) -> bool:
@@ -179,9 +244,15 @@ def is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
+        return _is_fd_locked(fd)
+    finally:
+        os.close(fd)
+
+
+def _is_fd_locked(fd: int) -> bool:
+    try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    finally:
-        os.close(fd)
+    fcntl.flock(fd, fcntl.LOCK_UN)
     return False

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from shared_cache.hashing import BlockHash
 from shared_cache.host.block_table import BlockTable
-from shared_cache.host.blocks import Block
+from shared_cache.host.blocks import NEVER_CHECKED, Block
 from shared_cache.host.terms import Grant
 
 
@@ -50,7 +50,7 @@ class Holder:
         slots: list[int] = []
         to_store: list[int] = []
         num_from_peers, number = 0, self.number
-        find, lease = table.blocks.get, self.lease
+        find, lease, recheck_turn = table.blocks.get, self.lease, table.recheck_turn
         for block_hash in hashes:
             block = find(block_hash)
             if block is None:
@@ -59,6 +59,9 @@ class Holder:
             block.last_use = turn
             if block.bringer != number and block.bringer is not None:
                 num_from_peers += 1
+            if block.stored_turn < recheck_turn:
+                block.stored_turn = NEVER_CHECKED
+                block.uses_to_store = 1
             if block.uses_to_store:
                 block.uses_to_store -= 1
                 if not block.uses_to_store:

@@ -14,6 +14,12 @@ from shared_cache.hashing import BlockHash
 GROWN_FOR_S = 10.0
 """For so long a stock that ran short stays larger."""
 
+REPORT_S = 1.0
+"""So often the owner is asked how large the stock may be."""
+
+SHORT_PAUSE_S = 0.1
+"""So long a stock does not ask again after it got less than it wanted."""
+
 
 class _Ending(Enum):
     """What the owner is told when the last lease of a block ends."""
@@ -109,15 +115,16 @@ class Holdings:
         self.check_reserved(slots)
         return [slot for slot in slots if self._reserved.pop(slot)]
 
-    def listing(self) -> tuple[list[int], list[int]]:
-        """The slots that are leased and those that are reserved, to be told to an owner.
+    def listing(self) -> tuple[list[int], list[int], list[BlockHash]]:
+        """The slots leased, those reserved, and the leased blocks' hashes, to be told to an owner.
 
         From now on each block counts as leased there once.
         """
         for entry in self._held.values():
             entry.num_grants = 1
         reserved = [slot for slot, is_counted in self._reserved.items() if is_counted]
-        return [entry.slot for entry in self._held.values()], [*reserved, *self._instead]
+        leased = [entry.slot for entry in self._held.values()]
+        return leased, [*reserved, *self._instead], list(self._held)
 
     def lost(self, slots: Collection[int]) -> list[int]:
         """These listed slots hold no block any more; the owner has reserved them for us instead.
@@ -179,12 +186,22 @@ class Stock:
         self._clock = clock
         self._grown_until_s = 0.0
         self._is_asked = False
+        self._is_to_fill = False
+        self._num_asked = 0
+        self._next_ask_s = self._next_report_s = float("-inf")
         self._slots: list[int] = []
 
     def limit(self, max_size: int) -> None:
         """Never have more slots than `max_size`, which is at least one."""
         self._max_size = max(1, max_size)
         self._usual_size = self._size = min(self._wanted_size, self._max_size)
+
+    def allow(self, max_size: int) -> None:
+        """As `limit`, but a stock that has grown stays as large as that allows."""
+        before = self._size
+        self.limit(max_size)
+        self._size = max(self._usual_size, min(before, self._max_size))
+        self._is_to_fill |= self._size > before
 
     def take(self, num_slots: int) -> tuple[int, ...]:
         """Up to `num_slots` slots."""
@@ -199,7 +216,9 @@ class Stock:
     @property
     def is_low(self) -> bool:
         """Whether `ask` would ask for slots now."""
-        return not self._is_asked and 2 * len(self._slots) < self._size
+        enough = self._size if self._is_to_fill else self._size / 2
+        is_short = not self._is_asked and len(self._slots) < enough
+        return is_short and self._clock() >= self._next_ask_s
 
     def ask(self) -> int:
         """How many slots to ask the owner for now; 0 if there are enough or some are on the way.
@@ -208,13 +227,29 @@ class Stock:
         """
         if not self.is_low:
             return 0
-        self._is_asked = True
-        return self._size - len(self._slots)
+        return self._begin_asking(self._size - len(self._slots))
+
+    def is_to_report(self) -> bool:
+        """Whether the owner is to hear of this stock though nothing is wanted; then as `ask`."""
+        if self._is_asked or self._clock() < self._next_report_s:
+            return False
+        self._begin_asking(0)
+        return True
+
+    def __len__(self) -> int:
+        """Slots that are here."""
+        return len(self._slots)
 
     def add(self, slots: Iterable[int]) -> None:
         """What was asked for has come, perhaps less."""
         self._is_asked = False
+        before = len(self._slots)
         self._slots.extend(slots)
+        if not self._num_asked:
+            return
+        self._is_to_fill = len(self._slots) - before < self._num_asked
+        if self._is_to_fill:
+            self._next_ask_s = self._clock() + SHORT_PAUSE_S
 
     def surplus(self) -> list[int]:
         """Slots to give back, as the stock has grown and is not used any more."""
@@ -222,9 +257,18 @@ class Stock:
             self._size = self._usual_size
         extra = self._slots[self._size :]
         del self._slots[self._size :]
+        if extra:
+            self._next_report_s = float("-inf")  # others wait for them
         return extra
 
     def clear(self) -> None:
         """Forget all slots, and those on the way."""
         self._is_asked = False
+        self._next_ask_s = self._next_report_s = float("-inf")
         self._slots.clear()
+
+    def _begin_asking(self, num_slots: int) -> int:
+        self._is_asked = True
+        self._num_asked = num_slots
+        self._next_report_s = self._clock() + REPORT_S
+        return num_slots

@@ -27,6 +27,7 @@ from shared_cache.host.terms import (
     Journal,
     StoreAdmission,
 )
+from shared_cache.host.turns import Turns
 
 __all__ = [
     "BlockRecord",
@@ -68,7 +69,8 @@ class HostIndex:
         self._journal = journal
         self._clock = clock
         self._holders: dict[int, Holder] = {}
-        self._turn = 0
+        self._wants_stored = rules.admission != "never"
+        self._turns = Turns(clock)
 
     def open_namespace(self, fingerprint: str, block_bytes: int) -> int:
         """The number of a namespace, new or known; they count from 0.
@@ -98,7 +100,9 @@ class HostIndex:
 
     def lease(self, holder: int, namespace: int, hashes: Sequence[BlockHash], first: int) -> Grant:
         """See `HostTier.lease`: the leading blocks of `hashes[first:]`, once more for `holder`."""
-        table, turn = self._namespaces.table(namespace), self._next_turn()
+        table, turn = self._namespaces.table(namespace), self._turns.next()
+        if self._wants_stored:
+            table.recheck_turn = self._turns.unchecked
         seen = table.touch(hashes[:first], turn)
         grant = self._holder(holder).grant(table, hashes[first:], turn)
         table.accessed([*seen, *hashes[first : first + len(grant.slots)]])
@@ -118,7 +122,8 @@ class HostIndex:
         who.claimed.update(zip(slots, claimed, strict=True))
         table.claims.update(claimed)
         end = start + len(slots)
-        return Claim(grant, slots, end < len(hashes) and hashes[end] in table.claims)
+        is_coming = end < len(hashes) and self.is_coming(namespace, hashes[end])
+        return Claim(grant, slots, is_coming)
 
     def reserve(self, holder: int, namespace: int, num_slots: int) -> tuple[int, ...]:
         """Up to `num_slots` slots for new blocks of any name, evicting if need be."""
@@ -148,7 +153,7 @@ class HostIndex:
             return Grant(())
         for slot in slots:
             who.end_reservation(slot)
-        turn = self._next_turn()
+        turn = self._turns.next()
         num_here = self._publisher.publish(table, slots, run, holder, turn)
         return who.grant(table, run.hashes[:num_here], turn)
 
@@ -168,17 +173,23 @@ class HostIndex:
         """See `HostTier.stored`."""
         table = self._namespaces.table(namespace)
         if is_stored:
-            table.stored(hashes)
+            table.stored(hashes, self._turns.now)
         else:
+            table.not_stored(hashes, is_wanted=self._wants_stored)
             table.give_up_storing(holder, hashes)
+
+    def in_use(self, namespace: int, hashes: Sequence[BlockHash]) -> list[int]:
+        """See `HostTier.in_use`; their positions."""
+        return self._namespaces.table(namespace).in_use(hashes, self._turns.unused())
 
     def pin(self, namespace: int, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """See `HostTier.pin`."""
         return self._namespaces.table(namespace).pin(hashes, self._clock() + ttl_s)
 
     def is_coming(self, namespace: int, block_hash: BlockHash) -> bool:
-        """Whether a holder has claimed this block and neither committed nor cancelled it."""
-        return block_hash in self._namespaces.table(namespace).claims
+        """Whether a holder has claimed this block and it has not come, from anybody."""
+        table = self._namespaces.table(namespace)
+        return block_hash in table.claims and block_hash not in table.blocks
 
     def drop(self, namespace: int, hashes: Sequence[BlockHash]) -> int:
         """Forget these blocks where they are not leased (damaged bytes); how many those were."""
@@ -225,11 +236,6 @@ class HostIndex:
             table = who.reserved[slot]
             who.end_reservation(slot)
             table.free(slot)
-
-    def _next_turn(self) -> int:
-        """The index's own time, in which uses of blocks are compared."""
-        self._turn += 1
-        return self._turn
 
     def _holder(self, number: int) -> Holder:
         holder = self._holders.get(number)

@@ -59,7 +59,8 @@ class HostLease:
     """The right to read `slots`, consecutive blocks of the chain asked for, until released.
 
     `slots[i]` holds block i of the lease. `to_store` are the positions of blocks that the holder is
-    asked to write to the shared tier, as nobody has; it answers with `HostTier.stored`.
+    asked to write to the shared tier, as nobody has, or look up there, as that is long ago; it
+    answers with `HostTier.stored`.
     `num_from_peers` blocks were brought here by another process. An empty lease needs no release
     but allows it.
     """
@@ -170,11 +171,25 @@ class HostTier(ABC):
 
     @abstractmethod
     def stored(self, hashes: Sequence[BlockHash], is_stored: bool) -> None:
-        """The answer to `HostLease.to_store`: written (or there already), or given up."""
+        """The answer to `HostLease.to_store`: written (or there already), or given up.
+
+        Also told without being asked, of blocks that the shared tier has, or has lost.
+        """
+
+    def in_use(self, hashes: Sequence[BlockHash]) -> frozenset[BlockHash]:
+        """Those that are here and leased by anybody, or were asked for in the last minutes.
+
+        Nothing while the owner is away. For whoever deletes blocks elsewhere.
+        """
+        return frozenset()
 
     @abstractmethod
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
-        """Keep the leading blocks that are here from eviction for `ttl_s`; how many those are."""
+        """Keep the leading blocks that are here from eviction for `ttl_s`; how many those are.
+
+        At most 30 days at a time; raises `ValueError` for a negative or endless time. Pins, and the
+        priorities and times of `Retention`, do not survive a restart of the arena's owner.
+        """
 
     @abstractmethod
     def buffer(self, slot: int) -> memoryview:

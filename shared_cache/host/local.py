@@ -140,6 +140,12 @@ class LocalHostTier(HostTier):
         with self._changed:
             self._index.stored(_HOLDER, self._namespace, hashes, is_stored)
 
+    def in_use(self, hashes: Sequence[BlockHash]) -> frozenset[BlockHash]:
+        """See `HostTier.in_use`."""
+        with self._changed:
+            found = self._index.in_use(self._namespace, hashes)
+        return frozenset(hashes[position] for position in found)
+
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """See `HostTier.pin`."""
         with self._changed:

@@ -31,11 +31,13 @@ from shared_cache.host.mapping import ExtentWatch, MappedArena
 from shared_cache.host.protocol import pack_hashes, unpack_hashes
 from shared_cache.host.requests import NO_LEASE, REQUEST_TIMEOUT_S, OwnerRequests
 from shared_cache.host.session import OwnerSession, SessionTerms
-from shared_cache.host.terms import StoreAdmission
+from shared_cache.host.terms import StoreAdmission, checked_ttl_s
 
 logger = logging.getLogger(__name__)
 
 NO_CLAIM = HostClaim(NO_LEASE, ())
+
+HASHES_ASKED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +194,21 @@ class NodeHostTier(HostTier):
         if link is not None and packed:
             link.tell(wire.Notice(stored=packed) if is_stored else wire.Notice(not_stored=packed))
 
+    def in_use(self, hashes: Sequence[BlockHash]) -> frozenset[BlockHash]:
+        """See `HostTier.in_use`; the owner is asked in parts, as it serves others too."""
+        found: list[BlockHash] = []
+        for start in range(0, len(hashes), HASHES_ASKED_AT_ONCE):
+            asked = hashes[start : start + HASHES_ASKED_AT_ONCE]
+            request = wire.GetInUse(0, pack_hashes(asked))
+            reply = self._requests.ask(self._session.link, request, wire.InUse)
+            if reply is None:
+                break
+            found.extend(asked[place] for place in reply.positions if 0 <= place < len(asked))
+        return frozenset(found)
+
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """See `HostTier.pin`."""
-        request = wire.Pin(0, pack_hashes(hashes), ttl_s)
+        request = wire.Pin(0, pack_hashes(hashes), checked_ttl_s(ttl_s) or 0.0)
         pinned = self._requests.ask(self._session.link, request, wire.Count)
         return pinned.num_blocks if pinned is not None else 0
 

@@ -21,9 +21,16 @@ from shared_cache.hashing import ReuseScope
 from shared_cache.host.adoption import Adoption
 from shared_cache.host.arena import OwnedArena
 from shared_cache.host.client_socket import ClientSocket
-from shared_cache.host.folder import ArenaPaths, HeldLock, is_locked, open_folder
+from shared_cache.host.folder import (
+    ArenaPaths,
+    HeldLock,
+    is_locked,
+    open_folder,
+    remove_if_unlocked,
+)
 from shared_cache.host.index import HostIndex
 from shared_cache.host.journal import ArenaJournal, EventRing
+from shared_cache.host.leftovers import ALIVE_S, sweep
 from shared_cache.host.record_format import DamagedRecordsError
 from shared_cache.host.roster import ArenaState, Roster
 from shared_cache.host.service import Service
@@ -70,11 +77,13 @@ class ArenaOwner:
         paths = open_folder(self._config)
         lock = await _take_lock(paths)
         try:
+            lock.touch()
+            await asyncio.to_thread(_sweep, paths)
             self._running = await self._take_over(paths, lock)
         except BaseException:
             lock.release()
             raise
-        self._begin(self._look_after(self._running.roster))
+        self._begin(self._look_after(self._running))
         if self._running.adoption is not None:
             self._begin(self._running.adoption.run())
         logger.info("process %d owns the arena %s", os.getpid(), paths.arena)
@@ -103,10 +112,14 @@ class ArenaOwner:
     async def _take_over(self, paths: ArenaPaths, lock: HeldLock) -> "_Running":
         living = _living_clients(paths)
         arena_bytes = int(self._config.bytes)
+        if is_locked(paths.arena):
+            logger.warning("the last owner of %s lost its lock and still works", paths.arena)
+            paths.records.unlink(missing_ok=True)
+            paths.arena.unlink(missing_ok=True)
         arena = OwnedArena.open(paths, arena_bytes)
         state, adoption = self._open_state(paths, arena), None
         if arena.was_found:
-            adoption = Adoption(arena, state.index, state.journal, living)
+            adoption = Adoption(paths, arena, state.index, state.journal, living)
             try:
                 adoption.begin()
             except (DamagedRecordsError, ValueError) as error:
@@ -116,6 +129,7 @@ class ArenaOwner:
                 arena = OwnedArena.open(paths, arena_bytes)
                 state, adoption = self._open_state(paths, arena), None
         running = _Running(lock, state, adoption, living, self._faults)
+        running.lock_arena()
         await running.listen()
         return running
 
@@ -126,14 +140,22 @@ class ArenaOwner:
         index = HostIndex(*sizes, self._rules, journal, time.monotonic)
         return ArenaState(paths, arena, index, journal, events, self._rules.admission)
 
-    async def _look_after(self, roster: Roster) -> None:
-        """Notice clients that died while they had no connection, and that nobody is left."""
-        busy_s = time.monotonic()
+    async def _look_after(self, running: "_Running") -> None:
+        """Notice clients that died without a connection, that nobody is left, and lost files."""
+        roster, busy_s, told_s = running.roster, time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(LOOK_AFTER_DEAD_S)
             with self._faults.caught("looking after dead clients"):
                 roster.look_after_dead()
+            if not running.is_in_place():
+                logger.error("somebody removed files of a running arena: its owner begins afresh")
+                await self.stop()
+                return
             now_s = time.monotonic()
+            if now_s - told_s > ALIVE_S:
+                told_s = now_s
+                with self._faults.caught("marking the lock"):
+                    running.touch()
             if roster.num_clients:
                 busy_s = now_s
             elif self._exit_when_idle_s is not None and now_s - busy_s > self._exit_when_idle_s:
@@ -159,6 +181,8 @@ class _Running:
         self._faults = faults
         self._sockets: list[ClientSocket] = []
         self._server: asyncio.AbstractServer | None = None
+        self._socket_inode = 0
+        self._arena_lock: HeldLock | None = None
         self.adoption = adoption
         self.roster = Roster(state, adoption, living, self._service.look_at_parked)
 
@@ -172,6 +196,23 @@ class _Running:
             self._make_socket, path=str(paths.socket), backlog=1024
         )
         paths.socket.chmod(0o600)
+        self._socket_inode = paths.socket.stat().st_ino
+
+    def lock_arena(self) -> None:
+        """Let no owner adopt the arena while we work, even if our lock file was removed."""
+        self._arena_lock = HeldLock.acquire(self._state.paths.arena)
+
+    def is_in_place(self) -> bool:
+        """Whether clients find us, and no other process can take our place."""
+        try:
+            found = self._state.paths.socket.stat().st_ino
+        except FileNotFoundError:
+            return False
+        return found == self._socket_inode and self._lock.is_in_place()
+
+    def touch(self) -> None:
+        """Mark the arena as one that has an owner."""
+        self._lock.touch()
 
     async def remove(self) -> None:
         """End all connections and remove all files, the lock last."""
@@ -179,7 +220,10 @@ class _Running:
             self._server.close()
         for client in self._sockets:
             client.end()
+        self.roster.close()
         self._state.arena.close()
+        if self._arena_lock is not None:
+            self._arena_lock.release()
         if self._lock.is_in_place():  # else somebody cleared the folder, and what is there is new
             self._remove_files(self._state.paths)
         self._lock.release(remove=True)
@@ -214,12 +258,14 @@ async def _take_lock(paths: ArenaPaths) -> HeldLock:
     return lock
 
 
+def _sweep(paths: ArenaPaths) -> None:
+    try:
+        sweep(paths.folder, paths.name)
+    except OSError as error:
+        logger.warning("cannot remove what dead owners left in %s: %s", paths.folder, error)
+
+
 def _living_clients(paths: ArenaPaths) -> list[int]:
     """The clients of an old owner that are still there; what the others left is removed."""
-    living = []
-    for path in paths.clients.iterdir() if paths.clients.is_dir() else ():
-        if is_locked(path):
-            living.append(int(path.name, 16))
-        else:
-            path.unlink(missing_ok=True)
-    return living
+    found = list(paths.clients.iterdir()) if paths.clients.is_dir() else []
+    return [int(path.name, 16) for path in found if not remove_if_unlocked(path)]

@@ -16,7 +16,7 @@ from shared_cache.hashing import HASH_BYTES, BlockHash
 from shared_cache.host.interface import HostStats
 from shared_cache.host.terms import StoreAdmission
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 16 << 20
 _LENGTH_BYTES = 4
 
@@ -35,7 +35,7 @@ class Attach(Message, tag="attach"):
     """A client begins: `holder` is its own number, the name of its locked file.
 
     A client that had another connection says what it holds of the arena `boot`: the slots that it
-    has leased, each once, and those that it has reserved.
+    has leased, each once, those that it has reserved, and the hashes of the leased blocks.
     """
 
     version: int
@@ -45,6 +45,7 @@ class Attach(Message, tag="attach"):
     boot: bytes = b""
     leased: list[int] = []
     reserved: list[int] = []
+    hashes: bytes = b""
 
 
 class Request(Message):
@@ -68,9 +69,10 @@ class Claim(Request, tag="claim"):
 
 
 class Reserve(Request, tag="reserve"):
-    """Slots for new blocks of any name; answered by `Reserved`."""
+    """More slots for the stock of a client that has `num_had`; answered by `Reserved`."""
 
     num_slots: int
+    num_had: int = 0
 
 
 class Commit(Request, tag="commit"):
@@ -95,6 +97,12 @@ class Pin(Request, tag="pin"):
 
 class Drop(Request, tag="drop"):
     """Forget damaged blocks where they are not leased; answered by `Count`."""
+
+    hashes: bytes
+
+
+class GetInUse(Request, tag="get in use"):
+    """Which of these blocks are leased, or were asked for lately; answered by `InUse`."""
 
     hashes: bytes
 
@@ -164,15 +172,25 @@ class Claimed(Reply, tag="claimed"):
 
 
 class Reserved(Reply, tag="reserved"):
-    """Reserved slots, perhaps fewer than were asked for."""
+    """Reserved slots, perhaps fewer than were asked for.
+
+    The stock may have `share` slots from now on; what it has above that is to be given back.
+    """
 
     slots: list[int]
+    share: int = 0
 
 
 class Count(Reply, tag="count"):
     """So many blocks."""
 
     num_blocks: int
+
+
+class InUse(Reply, tag="in use"):
+    """The blocks at these positions of the request are in use."""
+
+    positions: list[int]
 
 
 class Stats(Reply, tag="counts"):
@@ -195,9 +213,19 @@ class Events(Reply, tag="happened"):
 
 
 ClientMessage = (
-    Attach | Lease | Claim | Reserve | Commit | Pin | Drop | GetStats | GetEvents | Notice
+    Attach
+    | Lease
+    | Claim
+    | Reserve
+    | Commit
+    | Pin
+    | Drop
+    | GetInUse
+    | GetStats
+    | GetEvents
+    | Notice
 )
-OwnerMessage = Welcome | Refused | Granted | Claimed | Reserved | Count | Stats | Events
+OwnerMessage = Welcome | Refused | Granted | Claimed | Reserved | Count | InUse | Stats | Events
 
 _encoder = msgspec.msgpack.Encoder()
 client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)

@@ -46,7 +46,7 @@ class Publisher:
                 table.free(slot)
             elif len(new) < max_new:
                 record = BlockRecord(block_hash, parent, run.tenant, run.is_stored)
-                table.insert(self._block(record, slot, group, bringer))
+                table.insert(self._block(record, slot, group, bringer, turn))
                 self._journal.published(slot, table.namespace, record, checksum)
                 new.append(block_hash)
             else:
@@ -57,7 +57,7 @@ class Publisher:
         group.policy.inserted(new, run.retention)
         table.accessed(present)
         if run.is_stored:
-            table.stored(present)
+            table.stored(present, turn)
         return num_here
 
     def adopt(self, table: BlockTable, slot: int, record: BlockRecord) -> bool:
@@ -65,7 +65,7 @@ class Publisher:
         if record.block_hash in table.blocks or not table.pool.take_this(slot):
             return False
         group = self._group_of(table, record.tenant, 0)
-        block = self._block(record, slot, group, None)
+        block = self._block(record, slot, group, None, 0)
         block.uses_to_store = min(1, block.uses_to_store)
         block.is_frozen = True
         group.num_frozen += 1
@@ -97,7 +97,12 @@ class Publisher:
         quota.make_room(num_new * block_bytes, self._clock(), set(spared))
         return min(num_new, (quota.limit_bytes - quota.used_bytes) // block_bytes)
 
-    def _block(self, record: BlockRecord, slot: int, group: Group, bringer: int | None) -> Block:
+    def _block(
+        self, record: BlockRecord, slot: int, group: Group, bringer: int | None, turn: int
+    ) -> Block:
         block = Block(record, slot, group, bringer)
-        block.uses_to_store = 0 if record.is_stored else self._uses_to_store
+        if record.is_stored:
+            block.stored_turn = turn
+        else:
+            block.uses_to_store = self._uses_to_store
         return block

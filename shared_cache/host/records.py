@@ -65,6 +65,11 @@ class Records:
         start = FIRST_NAMESPACE_OFFSET + number * NAMESPACE_BYTES
         self._memory[start : start + len(raw)] = raw
 
+    def forget_namespace(self, number: int) -> None:
+        """Take back what `set_namespace` noted."""
+        start = FIRST_NAMESPACE_OFFSET + number * NAMESPACE_BYTES
+        self._memory[start : start + NAMESPACE_BYTES] = bytes(NAMESPACE_BYTES)
+
     def extents(self) -> list[tuple[int, int] | None]:
         """Namespace and slot bytes of each extent; None for those that are nobody's."""
         entries = [decode_extent(word) for word in self._words]

@@ -7,6 +7,7 @@ a client that comes back says itself what it holds, be the owner the same one or
 
 import logging
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,10 +15,11 @@ from shared_cache.errors import ConfigError
 from shared_cache.host import protocol as wire
 from shared_cache.host.adoption import Adoption
 from shared_cache.host.arena import OwnedArena, host_bytes_for
-from shared_cache.host.folder import ArenaPaths, is_locked
+from shared_cache.host.folder import ArenaPaths, WatchedFile, is_locked, remove_if_unlocked
 from shared_cache.host.index import HostIndex
 from shared_cache.host.journal import ArenaJournal, EventRing
-from shared_cache.host.record_format import ReservedRecord
+from shared_cache.host.protocol import unpack_hashes
+from shared_cache.host.record_format import ReservedRecord, UsedRecord
 from shared_cache.host.terms import StoreAdmission
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,9 @@ class Roster:
         self._on_freed = on_freed
         self._clients: dict[int, Client] = {}
         self._away = set(living)
+        self._files: dict[int, WatchedFile] = {}
+        for holder in living:
+            self._watch(holder)
 
     @property
     def num_clients(self) -> int:
@@ -90,15 +95,17 @@ class Roster:
             client.end()
             return
         former = self._clients.get(message.holder)
+        is_known = former is not None or message.holder in self._away
         self._clients[message.holder] = client
+        self._watch(message.holder)
         self._away.discard(message.holder)
         if former is not None:
             former.end()
         if self._adoption is None or message.boot != self._state.arena.boot:
-            self._take_back(client, message)
+            self._let_in(client, message, is_known)
         else:
             held = (*message.leased, *message.reserved)
-            self._adoption.when_checked(held, lambda: self._take_back(client, message))
+            self._adoption.when_checked(held, lambda: self._let_in(client, message, is_known))
 
     def ended(self, client: Client) -> None:
         """A connection has ended; what its client holds ends now if it is dead, else when it is."""
@@ -109,10 +116,13 @@ class Roster:
 
     def look_after_dead(self) -> None:
         """End what clients held that were away and have died; to be called now and then."""
-        dead = [h for h in self._away if not is_locked(self._state.paths.client(h))]
+        dead = [holder for holder in self._away if not self._is_alive(holder)]
         for holder in dead:
             self._away.discard(holder)
-            self._state.paths.client(holder).unlink(missing_ok=True)
+            remove_if_unlocked(self._state.paths.client(holder))
+            watched = self._files.pop(holder, None)
+            if watched is not None:
+                watched.close()
             self._state.index.detach(holder)
             if self._adoption is not None:
                 self._adoption.returned(holder)
@@ -129,20 +139,65 @@ class Roster:
                 f"{host_bytes_for(block_bytes)} or more (and stop the running owner once), or "
                 "lower the tokens per block"
             )
-        number = self._state.index.open_namespace(message.namespace, block_bytes)
-        records = self._state.arena.records
-        if number >= len(records.namespaces()):
-            records.set_namespace(number, message.namespace, block_bytes)
-        return number
+        index, records = self._state.index, self._state.arena.records
+        known = records.namespaces()
+        if any(fingerprint == message.namespace for fingerprint, _ in known):
+            return index.open_namespace(message.namespace, block_bytes)
+        number = len(known)  # noted first: the index must know none that the records do not
+        records.set_namespace(number, message.namespace, block_bytes)
+        try:
+            return index.open_namespace(message.namespace, block_bytes)
+        except (ConfigError, ValueError):
+            records.forget_namespace(number)
+            raise
 
-    def _take_back(self, client: Client, message: wire.Attach) -> None:
-        """Give a client what it held before, and end the rest of it, in one step."""
+    def _is_alive(self, holder: int) -> bool:
+        """Whether a client without a connection lives; if it cannot be told, it does."""
+        watched = self._files.get(holder)
+        try:
+            if watched is not None:
+                return watched.is_locked()
+            return is_locked(self._state.paths.client(holder))
+        except OSError as error:
+            logger.debug("client %x: %s", holder, error)
+            return True
+
+    def _watch(self, holder: int) -> None:
+        """Look at the file that a client has now, be it removed later or not."""
+        former = self._files.pop(holder, None)
+        if former is not None:
+            former.close()
+        with suppress(OSError):  # then it lives as long as its connection
+            self._files[holder] = WatchedFile(self._state.paths.client(holder))
+
+    def close(self) -> None:
+        """Look after nobody any more."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _let_in(self, client: Client, message: wire.Attach, is_known: bool) -> None:
+        """As `_take_back`; whatever is wrong with the message ends this client alone."""
         if self._clients.get(client.holder) is not client:
             return  # it left while its blocks were being checked
+        try:
+            self._take_back(client, message, is_known)
+        except Exception:
+            logger.exception("client %x is cut off: what it says it holds is wrong", client.holder)
+            client.end()
+
+    def _take_back(self, client: Client, message: wire.Attach, is_known: bool) -> None:
+        """Give a client what it held before, and end the rest of it, in one step.
+
+        Of a client whose end was noticed before it came back, nothing counts: it is all refused.
+        """
         index, holder = self._state.index, client.holder
         is_same_arena = message.boot == self._state.arena.boot
-        leased = message.leased if is_same_arena else []
-        reserved = message.reserved if is_same_arena else []
+        if is_same_arena and is_known:
+            leased, foreign = self._leased_as_said(client, message)
+            reserved = list(dict.fromkeys(message.reserved))
+        else:
+            leased, reserved = [], []
+            foreign = [*message.leased, *message.reserved] if is_same_arena else []
         kept = [slot for slot in reserved if self._is_reserved(slot, holder)]
         with self._state.journal.keeping(frozenset(kept)):
             index.detach(holder)
@@ -155,12 +210,31 @@ class Roster:
         others = set(reserved).difference(kept)
         refused = [slot for slot in others if not self._hand_over(slot, holder)]
         refused.extend(missing.difference(lost))
+        refused.extend(foreign)
         if self._adoption is not None:
             self._adoption.returned(holder)
         arena = self._state.arena
         welcome = (arena.boot, arena.geometry.arena_bytes, self._state.admission)
         client.send(wire.Welcome(*welcome, lost, refused))
         self._on_freed()
+
+    def _leased_as_said(self, client: Client, message: wire.Attach) -> tuple[list[int], list[int]]:
+        """The slots that a client may have leased, and those that hold another block than it says.
+
+        Raises `ValueError` for a message without all hashes.
+        """
+        hashes = unpack_hashes(message.hashes)
+        said = dict(zip(message.leased, hashes, strict=True))
+        records = self._state.arena.records
+        found: list[int] = []
+        foreign: list[int] = []
+        for slot, block_hash in said.items():
+            record = records.read(slot) if records.is_slot(slot) else None
+            is_other = isinstance(record, UsedRecord) and (
+                record.namespace != client.namespace or record.block.block_hash != block_hash
+            )
+            (foreign if is_other else found).append(slot)
+        return found, foreign
 
     def _hand_over(self, slot: int, holder: int) -> bool:
         return self._adoption is not None and self._adoption.hand_over(slot, holder)

@@ -11,7 +11,8 @@ from shared_cache.host.interface import NewRun, Retention
 from shared_cache.host.protocol import pack_hashes, unpack_hashes
 from shared_cache.host.record_format import MAX_TENANT_BYTES
 from shared_cache.host.roster import ArenaState, Client
-from shared_cache.host.terms import Grant
+from shared_cache.host.stocks import StockShares
+from shared_cache.host.terms import Grant, checked_ttl_s
 
 MAX_WAIT_S = 60.0
 
@@ -34,6 +35,7 @@ class Service:
         self._index = state.index
         self._event_ring = state.events
         self._parked: list[_ParkedClaim] = []
+        self._stocks: dict[int, StockShares] = {}
         self._answers: dict[type[wire.Message], Callable[..., wire.Message | None]] = {
             wire.Lease: self._lease,
             wire.Claim: self._claim,
@@ -41,6 +43,7 @@ class Service:
             wire.Commit: self._commit,
             wire.Pin: self._pin,
             wire.Drop: self._drop,
+            wire.GetInUse: self._in_use,
             wire.GetStats: self._stats,
             wire.GetEvents: self._events,
             wire.Notice: self._notice,
@@ -58,6 +61,8 @@ class Service:
     def look_at_parked(self) -> None:
         """Answer the claims whose block has come, or will not come any more."""
         for parked in list(self._parked):
+            if parked not in self._parked:
+                continue  # its client was cut off when the one before it was answered
             if not self._index.is_coming(parked.client.namespace, parked.rest[0]):
                 self._answer_parked(parked)
 
@@ -65,6 +70,8 @@ class Service:
         """Answer nothing more to a client that has gone."""
         for parked in [parked for parked in self._parked if parked.client is client]:
             self._unpark(parked)
+        for stocks in self._stocks.values():
+            stocks.forget(client)
 
     def _lease(self, client: Client, message: wire.Lease) -> wire.Granted:
         if message.first < 0:
@@ -104,8 +111,13 @@ class Service:
             parked.timer.cancel()
 
     def _reserve(self, client: Client, message: wire.Reserve) -> wire.Reserved:
-        slots = self._index.reserve(client.holder, client.namespace, message.num_slots)
-        return wire.Reserved(message.id, list(slots))
+        stocks = self._stocks.setdefault(client.namespace, StockShares())
+        stats = self._index.stats(client.namespace)
+        num_had = max(0, message.num_had)
+        num_slots, share = stocks.ask(client, message.num_slots, num_had, stats)
+        slots = self._index.reserve(client.holder, client.namespace, num_slots)
+        stocks.granted(client, len(slots))
+        return wire.Reserved(message.id, list(slots), share)
 
     def _commit(self, client: Client, message: wire.Commit) -> wire.Granted:
         if len(message.parent) != HASH_BYTES or len(message.tenant) > MAX_TENANT_BYTES:
@@ -119,7 +131,7 @@ class Service:
             tenant=message.tenant,
             is_stored=message.is_stored,
             checksums=struct.unpack(f"<{num_blocks}Q", message.checksums),
-            retention=Retention(message.priority, message.ttl_s),
+            retention=Retention(message.priority, checked_ttl_s(message.ttl_s)),
         )
         grant = self._index.commit(client.holder, client.namespace, message.slots, run)
         self.look_at_parked()
@@ -127,12 +139,17 @@ class Service:
 
     def _pin(self, client: Client, message: wire.Pin) -> wire.Count:
         hashes = unpack_hashes(message.hashes)
-        num_blocks = self._index.pin(client.namespace, hashes, message.ttl_s)
+        ttl_s = checked_ttl_s(message.ttl_s) or 0.0
+        num_blocks = self._index.pin(client.namespace, hashes, ttl_s)
         return wire.Count(message.id, num_blocks)
 
     def _drop(self, client: Client, message: wire.Drop) -> wire.Count:
         num_blocks = self._index.drop(client.namespace, unpack_hashes(message.hashes))
         return wire.Count(message.id, num_blocks)
+
+    def _in_use(self, client: Client, message: wire.GetInUse) -> wire.InUse:
+        hashes = unpack_hashes(message.hashes)
+        return wire.InUse(message.id, self._index.in_use(client.namespace, hashes))
 
     def _stats(self, client: Client, message: wire.GetStats) -> wire.Stats:
         return wire.Stats(message.id, self._index.stats(client.namespace))

@@ -26,7 +26,9 @@ from shared_cache.host.connection import AwayError, OwnerLink
 from shared_cache.host.folder import ArenaPaths, ClientFile
 from shared_cache.host.holdings import Holdings, Stock
 from shared_cache.host.mapping import ExtentWatch, MappedArena
+from shared_cache.host.protocol import pack_hashes
 from shared_cache.host.starting import START_TIMEOUT_S, connect_to_owner, start_owner, try_connect
+from shared_cache.host.stocks import STOCK_PART
 from shared_cache.host.terms import StoreAdmission
 
 logger = logging.getLogger(__name__)
@@ -126,16 +128,26 @@ class OwnerSession:
         while not self._closing.is_set():
             link = self.link
             if link is not None:
-                link.read()
+                with self._faults.caught("hearing the owner of the host tier"):
+                    link.read()
+                link.end()
             pause_s = SHORTEST_PAUSE_S
             while not self._closing.wait(pause_s) and not self._attach_again():
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _attach_again(self) -> bool:
+        """Whether we are attached; whatever fails is tried again, as nobody else would."""
+        with self._faults.caught("attaching to the owner of the host tier"):
+            return self._try_to_attach()
+        return False
+
+    def _try_to_attach(self) -> bool:
         terms = self._terms
         try:
             connected = try_connect(terms.paths)
             if connected is None and terms.config.start_owner:
+                if self._closing.is_set():
+                    return False
                 start_owner(terms.paths, terms.config, terms.admission)
                 connected = try_connect(terms.paths)
             if connected is None:
@@ -174,12 +186,12 @@ class OwnerSession:
         """What we hold, to be told; the stock is given up. The lock is held."""
         terms = self._terms
         self.stock.clear()
-        leased, reserved = self.holdings.listing()
+        leased, reserved, hashes = self.holdings.listing()
         boot = b""
         if self.arenas:
             boot, leased, reserved = self.arenas[0].boot, self._wired(leased), self._wired(reserved)
         about = (wire.PROTOCOL_VERSION, self._holder, terms.namespace, terms.block_bytes)
-        return wire.Attach(*about, boot, leased, reserved)
+        return wire.Attach(*about, boot, leased, reserved, pack_hashes(hashes) if boot else b"")
 
     def _settle(self, link: OwnerLink, answer: wire.Welcome) -> None:
         """Take over what the owner says, be it of our arena or of another one."""
@@ -195,7 +207,7 @@ class OwnerSession:
         with self.lock:
             link.forget_notices()
             self.holdings.arena_has_gone()
-            self.stock.limit(arena.num_slots // 8)
+            self.stock.limit(arena.num_slots // STOCK_PART)
             self.arenas.insert(0, arena)
             self.tell_ended([], [])
         wanted_bytes = geometry_for(int(terms.config.bytes)).arena_bytes
@@ -211,25 +223,35 @@ class OwnerSession:
             )
 
     def _on_tick(self, link: OwnerLink) -> None:
-        """Keep the stock as large as it should be."""
+        """Keep the stock as large as it should be, and our file where the owner looks for it."""
         with self.lock:
             if link is not self.link:
                 return
             self.tell_ended([], self.stock.surplus())
-            num_slots = self.stock.ask()
-        if num_slots:
+            num_slots, num_had = self.stock.ask(), len(self.stock)
+            is_asking = num_slots > 0 or self.stock.is_to_report()
+        if is_asking:
+            if not self._closing.is_set():
+                with self._faults.caught("keeping the file that says that this process lives"):
+                    self._file.keep()
             try:
-                link.post(wire.Reserve(0, num_slots), partial(self._add_stock, link))
+                link.post(wire.Reserve(0, num_slots, num_had), partial(self._add_stock, link))
             except AwayError:
                 self._add_stock(link, wire.Reserved(0, []))
 
     def _add_stock(self, link: OwnerLink, reply: wire.Reply) -> None:
-        arena = self.arenas[0]
-        slots = arena.numbered(reply.slots) if isinstance(reply, wire.Reserved) else ()
+        with self.lock:
+            arena = self.arenas[0] if link is self.link else None
+        if arena is None or not isinstance(reply, wire.Reserved):
+            return  # what it brings ended with its connection
+        slots = arena.numbered(reply.slots)
         self.extents.show(arena, slots)
         with self.lock:
             if link is self.link:
                 self.stock.add(slots)
+                if reply.share > 0:
+                    self.stock.allow(reply.share)
+                self.tell_ended([], self.stock.surplus())
         self._has_stock.set()
 
     def _abandon_in_child(self) -> None:
@@ -240,7 +262,7 @@ class OwnerSession:
         self.stock.clear()
         if self.link is not None:
             self.link.abandon_in_child()
-        self._file.leave(remove=False)
+        self._file.abandon_in_child()
 
 
 def _abandon_all_in_child() -> None:

@@ -4,6 +4,7 @@ Without shares, the first model on a node would keep the whole arena for as long
 a second one find no room; with fixed shares, memory would lie idle while only one model runs.
 """
 
+import logging
 from collections.abc import Iterator
 
 from shared_cache.errors import ConfigError
@@ -12,6 +13,8 @@ from shared_cache.host.blocks import evict_coldest
 from shared_cache.host.extents import Extent, ExtentTable, SlotPool, slot_bytes_of
 from shared_cache.host.interface import HostStats
 from shared_cache.host.terms import Clock, Journal
+
+logger = logging.getLogger(__name__)
 
 SEARCH_PAUSE_S = 1.0
 """How long a namespace does not search again after it found nothing: a search looks at much."""
@@ -28,6 +31,7 @@ class Namespaces:
         self._clock = clock
         self._tables: list[BlockTable] = []
         self._number_of: dict[str, int] = {}
+        self._without_room: set[int] = set()
 
     def open(self, fingerprint: str, block_bytes: int) -> int:
         """See `HostIndex.open_namespace`."""
@@ -58,10 +62,14 @@ class Namespaces:
         return iter(self._tables)
 
     def make_room(self, table: BlockTable, num_slots: int) -> None:
-        """Let a namespace have so many free slots, or as many as can be had."""
+        """Let a namespace have so many free slots, or as many as can be had quickly.
+
+        An extent's memory takes a while to be had, and nobody else is answered meanwhile: so it is
+        one extent at most, and nothing is evicted then; who needs more asks again.
+        """
         pool, now_s = table.pool, self._clock()
-        while pool.num_free < num_slots and self._add_extent(table, now_s):
-            pass
+        if pool.num_free < num_slots and self._add_extent(table, now_s):
+            return
         evict_coldest(table.groups, lambda _: num_slots - pool.num_free, now_s)
 
     def adopt_extent(self, extent: int, namespace: int) -> None:
@@ -89,12 +97,28 @@ class Namespaces:
     def _add_extent(self, taker: BlockTable, now_s: float) -> bool:
         """Give `taker` one more extent, nobody's or another's; False if there is none to be had."""
         if not self._extents.num_unassigned and not self._free_extent(taker, now_s):
+            if not taker.pool.extents:
+                self._warn_of_no_room(taker)
             return False
         number = self._extents.assign(taker.namespace, taker.pool.slot_bytes)
         if number is None:
             return False
         taker.pool.add(number)
         return True
+
+    def _warn_of_no_room(self, taker: BlockTable) -> None:
+        """Say once that a namespace has not one slot."""
+        if taker.namespace in self._without_room:
+            return
+        self._without_room.add(taker.namespace)
+        fingerprint = next(f for f, n in self._number_of.items() if n == taker.namespace)
+        logger.warning(
+            "there is no memory for the blocks of namespace %s: others use all %d extents of the "
+            "arena; raise cache.host.bytes, or give this model an arena of its own "
+            "(cache.host.name)",
+            fingerprint,
+            self._extents.num_obtainable,
+        )
 
     def _free_extent(self, taker: BlockTable, now_s: float) -> bool:
         """Make an extent of another namespace nobody's; False if none may be taken now."""

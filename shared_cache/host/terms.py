@@ -4,6 +4,7 @@ Kept apart from the bookkeeping, so that the arena's owner, its clients and the 
 work can name the same things without importing each other.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -14,6 +15,18 @@ from shared_cache.hashing import BlockHash
 Clock = Callable[[], float]
 
 StoreAdmission = Literal["always", "second_use", "never"]
+
+MAX_TTL_S = 30 * 24 * 3600.0
+"""Nothing is pinned or preferred for longer at a time; it can be asked for again."""
+
+
+def checked_ttl_s(ttl_s: float | None) -> float | None:
+    """`ttl_s`, but at most `MAX_TTL_S`; raises `ValueError` for one that is no length of time."""
+    if ttl_s is None:
+        return None
+    if not math.isfinite(ttl_s) or ttl_s < 0:
+        raise ValueError(f"a time to live must be 0 s or more, and finite: {ttl_s}")
+    return min(ttl_s, MAX_TTL_S)
 
 
 @dataclass(frozen=True, slots=True)

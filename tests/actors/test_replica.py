@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
-from actors.admission import MAX_FETCHING, STAGED_BATCHES, StagingQueue
+from actors.admission import LOOK_UP_THREADS, MAX_FETCHING, STAGED_BATCHES, StagingQueue
 from actors.config import EngineConfig, ModelSource, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams
 from actors.replica import EngineReplica
@@ -119,7 +119,7 @@ async def test_lease_ends_when_the_client_leaves_during_staging():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert replica.stats().num_outstanding == 0
+    assert (await replica.stats()).num_outstanding == 0
     cache.go_on.set()
     assert await asyncio.to_thread(released.wait, 10)
     assert not cache.leased
@@ -251,6 +251,51 @@ async def test_a_host_tier_that_does_not_answer_has_nothing_and_its_late_lease_e
         await asyncio.sleep(0.001)
 
 
+async def test_look_ups_that_nobody_waits_for_any_more_are_not_done(monkeypatch):
+    """A host tier that hangs would otherwise be asked for hours about requests long gone."""
+    monkeypatch.setattr("actors.admission.LOOK_UP_TIMEOUT_S", 0.05)
+    cache = SlowHostCache()
+    cache.is_store_usable = False
+    replica = await make_replica(FakeEngine(cache=cache))
+    requests = [collect(replica.generate(request(13))) for _ in range(4 * LOOK_UP_THREADS)]
+    await asyncio.wait_for(asyncio.gather(*requests), 5)
+    cache.go_on.set()
+    await replica.close()
+    await asyncio.to_thread(replica._staging._look_ups.shutdown, wait=True)
+    assert cache.num_answered == LOOK_UP_THREADS
+
+
+async def test_a_host_tier_that_hangs_holds_up_no_event_loop_that_asks_for_statistics():
+    cache, go_on = FakeCache(), threading.Event()
+    replica = await make_replica(FakeEngine(cache=cache))
+    answer = cache.stats()
+    cache.stats = lambda: answer if go_on.wait(10) else None
+    asking = asyncio.create_task(replica.stats())
+    await asyncio.sleep(0.01)
+    assert not asking.done()
+    assert replica.health().state == "ready"
+    go_on.set()
+    assert (await asking).cache == answer
+
+
+async def test_who_waits_for_the_engine_keeps_nobody_from_the_tiers(monkeypatch):
+    """What was fetched stays in host memory meanwhile; it is leased again when there is a place."""
+    monkeypatch.setattr("actors.admission.MAX_FETCHING", 1)
+    config = CONFIG.model_copy(update={"engine": EngineConfig(max_batch_size=1)})
+    cache = FakeCache(frozenset({0, 1, 2}))
+    engine = FakeEngine(cache=cache, receipt=(0, 3 * TOKENS_PER_BLOCK))
+    engine.gate.clear()
+    replica = await make_replica(engine, config)
+    tasks = [asyncio.create_task(collect(replica.generate(request(13)))) for _ in range(8)]
+    while len(cache.given_s) < len(tasks):
+        await asyncio.sleep(0.001)
+    assert len(cache.leased) <= STAGED_BATCHES
+    engine.gate.set()
+    for chunks in await asyncio.gather(*tasks):
+        assert chunks[0].receipt.shared == 3 * TOKENS_PER_BLOCK
+    assert not cache.leased
+
+
 async def test_a_client_that_leaves_during_the_look_up_leaves_no_lease():
     cache = SlowHostCache()
     cache.host.num_present = 100
@@ -316,7 +361,7 @@ async def test_few_requests_hold_blocks_before_their_first_token_and_all_are_ser
     await started(engine, 4)
     await asyncio.sleep(0.02)
     assert len(cache.leased) == len(engine.requests) == 4
-    assert replica.stats().num_outstanding == 10
+    assert (await replica.stats()).num_outstanding == 10
     engine.gate.set()
     await asyncio.gather(*tasks)
     assert [one.request_id for one in engine.requests] == names
@@ -334,7 +379,7 @@ async def test_a_full_replica_refuses_until_a_request_ends():
         with pytest.raises(ReplicaBusyError, match="max_waiting_requests"):
             await asyncio.wait_for(collect(replica.generate(request())), 5)
     assert replica.health().state == "ready"
-    assert replica.stats().num_outstanding == 2
+    assert (await replica.stats()).num_outstanding == 2
     engine.gate.set()
     await asyncio.gather(*running)
     assert await collect(replica.generate(request()))
@@ -357,7 +402,7 @@ async def test_closing_the_stream_aborts_in_the_engine():
     await anext(stream)
     await stream.aclose()
     assert (engine.num_aborted, engine.num_running) == (1, 0)
-    assert replica.stats().num_outstanding == 0
+    assert (await replica.stats()).num_outstanding == 0
 
 
 async def test_stream_groups_what_is_ready_and_sends_the_first_at_once():
@@ -409,7 +454,7 @@ async def test_health_while_starting_and_after_a_failed_start():
 
     replica = EngineReplica(CONFIG, build)
     assert replica.health().state == "starting"
-    assert replica.stats().engine is None
+    assert (await replica.stats()).engine is None
     with pytest.raises(ReplicaRefusedError, match="starting"):
         await collect(replica.generate(request()))
     go_on.set()

@@ -250,14 +250,16 @@ class TestGc:
 class TestWarm:
     def test_the_hottest_blocks_fill_what_is_free(self, store: FsBlockStore) -> None:
         host = LocalHostTier(8 * 4096, BLOCK_BYTES)
-        warmed = cache_warm.fill(host, store, NAMESPACE, max_bytes=None, pin_s=60.0)
+        warmed = cache_warm.fill(host, store, NAMESPACE, max_bytes=None, pin_s=60.0, is_shared=True)
         assert (warmed.num_blocks, warmed.num_wanted_blocks) == (8, 8)
         assert host.stats().used_slots == 8
         assert not host.reserve(1)  # pinned
 
     def test_no_more_than_wanted(self, store: FsBlockStore) -> None:
         host = LocalHostTier(64 * 4096, BLOCK_BYTES)
-        warmed = cache_warm.fill(host, store, NAMESPACE, max_bytes=5 * BLOCK_BYTES, pin_s=0.0)
+        warmed = cache_warm.fill(
+            host, store, NAMESPACE, max_bytes=5 * BLOCK_BYTES, pin_s=0.0, is_shared=True
+        )
         assert warmed.num_blocks == host.stats().used_slots == 5
 
     @pytest.mark.parametrize("is_pinned", [False, True])
@@ -281,6 +283,7 @@ class TestWarm:
             with closing(peer):
                 for chain in CHAINS:
                     lease = peer.lease(chain.hashes)
+                    assert lease.to_store == ()  # it is the cluster's own shared tier
                     found = [bytes(peer.buffer(slot)) for slot in lease.slots]
                     assert found == [payload_of(h) for h in chain.hashes]
                     peer.release(lease)

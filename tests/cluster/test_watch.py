@@ -1,10 +1,13 @@
 """What a watcher makes of signs of life: answers and silences in, actions out."""
 
+import threading
+
 import pytest
+from ray.exceptions import RayError
 
 from actors.replica import ReplicaHealth
 from cluster.config import LifecycleConfig
-from cluster.watch import RESTART_PAUSE_S, ReplicaWatch
+from cluster.watch import RESTART_PAUSE_S, ReplicaWatch, Watcher
 
 LIFECYCLE = LifecycleConfig(silence_timeout_s=10, restart_timeout_s=60)
 
@@ -56,3 +59,35 @@ def test_an_engine_that_does_not_run_is_restarted_but_not_in_a_spin(watch, state
 @pytest.mark.parametrize("state", ["starting", "draining", "closed"])
 def test_a_replica_that_is_not_ready_gets_no_requests_but_is_let_be(watch, state):
     assert verbs(watch.on_health(health("1", state), 1)) == [("mark_dead", "1")]
+
+
+class Failing:
+    """Work that fails in one way after the other, and counts how often it was asked for."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.num_calls = 0
+        self.is_over = threading.Event()
+
+    def __call__(self):
+        self.num_calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        self.is_over.set()
+
+
+@pytest.mark.parametrize("which", ["tick", "also"])
+def test_no_error_ends_the_watch_and_one_half_does_not_stop_the_other(monkeypatch, caplog, which):
+    failing = Failing(ValueError("a name is taken"), RayError("away"), RuntimeError("odd"))
+    working = Failing()
+    work = {"tick": working, "also": working, which: failing}
+    watcher = Watcher(None, {}, LifecycleConfig(health_period_s=0.01), work["also"])
+    monkeypatch.setattr(watcher, "tick", work["tick"])
+    watcher.start()
+    try:
+        assert failing.is_over.wait(10)
+        assert watcher.is_alive()
+    finally:
+        watcher.stop()
+    assert working.num_calls >= 3
+    assert "a name is taken" in caplog.text

@@ -30,6 +30,7 @@ class Noted:
         self.gate = self.turn_budget = self
         self.prefills: list[tuple[list[tuple[int, int]], float]] = []
         self.decodes: list[float] = []
+        self.is_flush_hopeless = False
 
     def saw_prefill(self, spans: Any, seconds: float) -> None:
         self.prefills.append((list(spans), seconds))
@@ -40,7 +41,7 @@ class Noted:
     def flush(self, timeout_s: float) -> bool:
         return True
 
-    def close(self) -> None:
+    def close(self, timeout_s: float) -> None:
         pass
 
 

@@ -1,4 +1,4 @@
-"""Clients of an arena to be killed, stopped and let run: `python -m ... TASK FOLDER SEED`.
+"""Clients of an arena to be killed, stopped and let run: `python -m ... TASK FOLDER NAME SEED`.
 
 They report in lines of JSON and end when their standard input is closed.
 """
@@ -99,6 +99,6 @@ def _bring(tier: NodeHostTier, hashes: list[BlockHash], choose: random.Random) -
 
 
 if __name__ == "__main__":
-    task, folder, seed = sys.argv[1:]
-    with open_tier(host_config(Path(folder))) as tier:
+    task, folder, name, seed = sys.argv[1:]
+    with open_tier(host_config(Path(folder), name=name)) as tier:
         {"hold": hold, "churn": churn}[task](tier, int(seed))

@@ -111,9 +111,17 @@ def make_index(
     return HostIndex(num_extents * extent_bytes, extent_bytes, rules, journal, clock)
 
 
+def reserve_all(index: HostIndex, holder: int, namespace: int, num_slots: int) -> tuple[int, ...]:
+    """Ask again until there are so many slots or none is left: one extent comes at a time."""
+    slots: tuple[int, ...] = ()
+    while more := index.reserve(holder, namespace, num_slots - len(slots)):
+        slots += more
+    return slots
+
+
 def put(index: HostIndex, holder: int, namespace: int, run: NewRun) -> Grant:
     """Bring all blocks of a run; for tests in which there is room."""
-    slots = index.reserve(holder, namespace, len(run.hashes))
+    slots = reserve_all(index, holder, namespace, len(run.hashes))
     assert len(slots) == len(run.hashes)
     return index.commit(holder, namespace, slots, replace(run, checksums=(0,) * len(slots)))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_cache.config import HostConfig
-from shared_cache.hashing import BlockHash
+from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.host import protocol as wire
 from shared_cache.host.folder import ArenaPaths, HeldLock
 from shared_cache.host.interface import HostLease, HostTier, NewRun
@@ -100,6 +100,8 @@ class OwnerProcess:
     def start(self) -> None:
         command = [sys.executable, "-m", "shared_cache.host", "--name", self._config.name]
         command += ["--bytes", str(int(self._config.bytes)), "--folder", str(self._config.folder)]
+        for salt, limit in self._config.quotas.items():
+            command += ["--quota", f"{ReuseScope(salt).tenant.hex()}={int(limit)}"]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         await_true(lambda: self.process.poll() is not None or can_connect(self._config))
         assert self.process.poll() is None, "the owner did not start"
@@ -166,7 +168,7 @@ class ClientProcess:
     def __init__(self, config: HostConfig, task: str, seed: int = 0) -> None:
         command = [sys.executable, "-m", "tests.shared_cache.arena_clients"]
         self.process = subprocess.Popen(
-            [*command, task, str(config.folder), str(seed)],
+            [*command, task, str(config.folder), config.name, str(seed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -55,14 +55,6 @@ class BlockStoreContract:
             store.write(run_of(chain))
         assert store.refresh() == 5
 
-    def test_wrong_hints_do_no_harm(self, store: BlockStore) -> None:
-        chain, other = chain_of(4), chain_of(3, first_token=50)
-        store.write(run_of(chain))
-        store.learn(other.hashes[0], chain.hashes)
-        store.learn(chain.hashes[0], other.hashes)
-        assert read_all(store, chain.hashes) == payloads_of(chain.hashes)
-        assert store.match(other.hashes) == 0
-
     def test_only_the_common_prefix_counts(self, store: BlockStore) -> None:
         chain = chain_of(4)
         store.write(run_of(chain))

@@ -298,6 +298,41 @@ def test_too_little_room_names_the_settings(folder: Path, monkeypatch: pytest.Mo
         _make_arena(folder)
 
 
+@pytest.mark.parametrize(
+    ("groups", "place", "limit_bytes", "is_refused"),
+    [
+        ("0::/", "memory.max", 3 * MIB, True),
+        ("0::/", "memory.max", 4 * MIB, False),
+        ("0::/", "memory.max", None, False),
+        ("0::/pod/box", "pod/memory.max", 3 * MIB, True),
+        ("4:memory:/box\n0::/", "memory/box/memory.limit_in_bytes", 3 * MIB, True),
+        ("4:cpu,memory:/out/of/sight", "memory/memory.limit_in_bytes", 3 * MIB, True),
+        ("4:memory:/box\n0::/", "memory/box/memory.limit_in_bytes", 1 << 62, False),
+        ("4:cpu:/", "memory.max", 3 * MIB, False),
+    ],
+)
+def test_an_arena_beyond_the_containers_limit_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: str,
+    place: str,
+    limit_bytes: int | None,
+    is_refused: bool,
+) -> None:
+    (tmp_path / "own").write_text(groups + "\n")
+    limit = tmp_path / "groups" / place
+    limit.parent.mkdir(parents=True)
+    limit.write_text("max\n" if limit_bytes is None else f"{limit_bytes}\n")
+    monkeypatch.setattr(arena_module, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(arena_module, "_GROUPS", tmp_path / "groups")
+    if not is_refused:
+        _make_arena(folder).close()
+        return
+    with pytest.raises(ConfigError, match=r"cache\.host\.bytes.* 4 MiB.*only 3 MiB.*raise that"):
+        _make_arena(folder)
+
+
 def test_memory_that_the_system_refuses_leaves_the_extent_unassigned(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

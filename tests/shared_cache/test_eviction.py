@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shared_cache.eviction import (
+    MAX_REFUSED,
     EvictionPolicy,
     LruPolicy,
     PolicyName,
@@ -84,6 +85,26 @@ class TestEveryPolicy:
 
         assert sum(policy.evict(1, try_evict) for _ in range(500)) == 500
         assert num_offers <= len(leased) + 500
+
+    def test_a_search_is_bounded_and_the_next_one_goes_on_behind_it(
+        self, policy: EvictionPolicy
+    ) -> None:
+        kept, free = blocks(3 * MAX_REFUSED), blocks(5, first=10**6)
+        policy.inserted(free)
+        policy.accessed(free)
+        policy.inserted(kept)
+        policy.accessed(kept[:10])
+        may_stay, num_offers, num_evicted = set(kept), [], 0
+        for _ in range(5):
+            num_offers.append(0)
+
+            def try_evict(block_hash: BlockHash) -> bool:
+                num_offers[-1] += 1
+                return block_hash not in may_stay
+
+            num_evicted += policy.evict(5, try_evict)
+        assert max(num_offers) <= MAX_REFUSED + 5
+        assert num_evicted == 5
 
     def test_a_run_that_was_refused_still_goes_from_its_end(self, policy: EvictionPolicy) -> None:
         hashes = blocks(4)

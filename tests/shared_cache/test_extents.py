@@ -8,7 +8,7 @@ from shared_cache.hashing import BlockHash
 from shared_cache.host.extents import ExtentTable, SlotPool, slot_bytes_of
 from shared_cache.host.index import HostIndex, IndexRules
 from shared_cache.host.interface import NewRun
-from tests.shared_cache.arena_fakes import FakeJournal, make_index, put
+from tests.shared_cache.arena_fakes import FakeJournal, make_index, put, reserve_all
 from tests.shared_cache.fakes import FakeClock, chain_of
 
 EXTENT_BYTES = 10 * 4096
@@ -134,7 +134,7 @@ class TestShares:
     def test_who_has_less_than_its_share_takes_the_coldest_extents(self) -> None:
         index, journal, _ = self.start()
         index.release(1, index.lease(1, self.OLD, run_of(4).hashes, 0).slots)
-        assert len(index.reserve(2, self.NEW, 99)) == 4
+        assert len(reserve_all(index, 2, self.NEW, 99)) == 4
         assert self.num_extents(journal, self.NEW) == 2
         names = {used.record.block_hash for used in journal.used.values()}
         assert names == {*run_of(4).hashes, *run_of(4, 300).hashes}
@@ -146,7 +146,7 @@ class TestShares:
         assert len(index.reserve(2, self.NEW, 3)) == 3
         assert index.stats(self.NEW).evicted_blocks == 3
         assert self.num_extents(journal, self.OLD) == 2
-        assert len(index.reserve(1, self.OLD, 99)) == 8
+        assert len(reserve_all(index, 1, self.OLD, 99)) == 8
 
     def test_shares_leave_nobody_with_less_for_the_odd_extent(self) -> None:
         journal = FakeJournal(2)
@@ -166,13 +166,13 @@ class TestShares:
         put(index, 3, idle, run_of(1))
         index.pin(idle, run_of(1).hashes, 100)
         index.detach(3)
-        assert len(index.reserve(2, self.NEW, 9)) == 1
+        assert len(reserve_all(index, 2, self.NEW, 9)) == 1
         assert self.num_extents(journal, self.OLD) == 2
 
     def test_who_is_idle_has_no_share(self) -> None:
         index, journal, _ = self.start()
         index.detach(1)
-        assert len(index.reserve(2, self.NEW, 99)) == 8
+        assert len(reserve_all(index, 2, self.NEW, 99)) == 8
         assert self.num_extents(journal, self.NEW) == 4
         assert index.stats(self.OLD).num_slots == 0
 
@@ -182,7 +182,7 @@ class TestShares:
         index.release(1, sorted(journal.used)[4:8])
         assert index.reserve(2, self.NEW, 1) == ()
         clock.now_s += 1
-        assert len(index.reserve(2, self.NEW, 99)) == 2
+        assert len(reserve_all(index, 2, self.NEW, 99)) == 2
         assert self.num_extents(journal, self.NEW) == 1
 
     @pytest.mark.parametrize("use", ["reserve", "pin"])
@@ -194,18 +194,41 @@ class TestShares:
         else:
             index.drop(self.OLD, kept[3:])
             assert len(index.reserve(1, self.OLD, 1)) == 1
-        assert len(index.reserve(2, self.NEW, 99)) == 4
+        assert len(reserve_all(index, 2, self.NEW, 99)) == 4
         assert kept[0] in {used.record.block_hash for used in journal.used.values()}
         assert self.num_extents(journal, self.OLD) == 2
 
     def test_an_extent_that_became_empty_goes_to_who_needs_it_beyond_its_share(self) -> None:
         index, journal, clock = self.start()
-        assert len(index.reserve(2, self.NEW, 99)) == 4
+        assert len(reserve_all(index, 2, self.NEW, 99)) == 4
         left = [used.record.block_hash for used in journal.used.values()]
         assert index.drop(self.OLD, left[:4]) == 4  # they lay in one extent
         clock.now_s += 1
-        assert len(index.reserve(2, self.NEW, 99)) == 2
+        assert len(reserve_all(index, 2, self.NEW, 99)) == 2
         assert self.num_extents(journal, self.OLD) == 1
+
+    def test_a_request_waits_for_one_extent_at_most_and_evicts_nothing_for_the_rest(self) -> None:
+        journal = FakeJournal(4)
+        index = make_index(IndexRules(lambda clock: LruPolicy()), journal, FakeClock(), 4)
+        index.attach(1, index.open_namespace("old", 4096))
+        index.release(1, put(index, 1, 0, run_of(4)).slots)
+        for num_extents in (2, 3, 4):
+            assert len(index.reserve(1, 0, 99)) == 4
+            assert len(journal.extents) == num_extents
+        assert index.stats(0).evicted_blocks == 0
+        assert len(index.reserve(1, 0, 99)) == 4
+        assert index.stats(0).evicted_blocks == 4
+
+    def test_a_namespace_without_one_slot_is_told_of_once(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        index, _, clock = self.start(leased=True)
+        for _ in range(3):
+            assert index.reserve(2, self.NEW, 1) == ()
+            clock.now_s += 1
+        (record,) = caplog.records
+        assert "namespace new" in record.getMessage()
+        assert "raise cache.host.bytes" in record.getMessage()
 
     def test_free_memory_is_taken_before_anything_is_evicted(self) -> None:
         journal, clock = FakeJournal(4), FakeClock()

@@ -1,10 +1,13 @@
 import logging
+import threading
+import time
+from contextlib import ExitStack
 
 import pytest
 
-from shared_cache.errors import StoreUnavailableError
-from shared_cache.faults import BackOff, FaultLog, StoreGuard
-from tests.shared_cache.fakes import FakeClock
+from shared_cache.errors import StoreReadOnlyError, StoreUnavailableError
+from shared_cache.faults import LOST_PATIENCES, REFUSED_PAUSE_S, BackOff, FaultLog, StoreGuard
+from tests.shared_cache.fakes import WAIT_S, FakeClock, Gate
 
 logger = logging.getLogger("tests.faults")
 
@@ -76,22 +79,98 @@ def test_any_error_of_a_store_ends_here_and_begins_a_pause() -> None:
     assert guard.usable()
 
 
+def call(guard: StoreGuard, clock: FakeClock, seconds: float) -> None:
+    with guard.operation("read"):
+        clock.now_s += seconds
+
+
 def test_one_call_that_hangs_does_not_stop_a_store_that_answers_others() -> None:
     clock = FakeClock()
     faults = FaultLog(logger, clock)
     guard = StoreGuard("reading", 5, faults, clock)
-    with guard.operation():
+    with ExitStack() as hanging:
+        hanging.enter_context(guard.operation("read"))
         for _ in range(3):
             clock.now_s += 4
-            with guard.operation():
-                clock.now_s += 0.5
+            call(guard, clock, 0.5)
             assert guard.usable()
         assert faults.num_faults == guard.num_faults == 1, "the hanging one"
-        clock.now_s += 5
-        assert guard.is_hanging()
-        assert not guard.usable()
-    assert guard.usable()
+        clock.now_s += 100
+        assert guard.usable(), "later calls have ended: it says nothing of the store"
     assert guard.num_faults == 1
+
+
+def test_reads_that_hang_are_noticed_although_look_ups_are_answered() -> None:
+    clock = FakeClock()
+    guard = StoreGuard("reading", 5, FaultLog(logger, clock), clock)
+    with ExitStack() as hanging:
+        hanging.enter_context(guard.operation("read"))
+        for _ in range(3):
+            clock.now_s += 2
+            with guard.operation("match"):
+                pass
+        assert guard.is_hanging()
+
+
+def test_a_call_that_many_patiences_did_not_end_is_lost_once_a_later_one_ends() -> None:
+    clock = FakeClock()
+    guard = StoreGuard("reading", 5, FaultLog(logger, clock), clock)
+    lost: list[threading.Thread] = []
+    guard.on_lost = lost.append
+    with ExitStack() as hanging:
+        hanging.enter_context(guard.operation("read"))
+        clock.now_s += 5 * LOST_PATIENCES - 1
+        call(guard, clock, 0.5)
+        assert lost == [], "it may be slow only"
+        call(guard, clock, 0.5)
+        assert lost == [threading.current_thread()]
+        clock.now_s += 100
+        assert guard.usable()
+
+
+def test_who_asks_for_a_store_that_hangs_has_its_call_repeated_after_growing_pauses() -> None:
+    clock = FakeClock()
+    guard = StoreGuard("reading", 5, FaultLog(logger, clock), clock)
+    lost: list[threading.Thread] = []
+    guard.on_lost = lost.append
+    gate, tried = Gate(), threading.Semaphore(0)
+
+    def again() -> None:
+        tried.release()
+        gate()
+
+    with ExitStack() as hanging:
+        hanging.enter_context(guard.operation("read", again))
+        assert not tried.acquire(timeout=0)
+        for pause_s in (5, 1, 2, 4):
+            clock.now_s += pause_s - 0.01
+            assert not guard.usable() or pause_s == 5
+            assert not tried.acquire(timeout=0.02), "the pause is not over"
+            clock.now_s += 0.01
+            assert not guard.usable()
+            assert tried.acquire(timeout=WAIT_S)
+        assert lost == []
+        gate.open()
+        while not guard.usable():
+            time.sleep(0.001)
+        assert threading.current_thread() in lost, "its thread is to be replaced"
+        clock.now_s += 100
+        assert guard.usable()
+
+
+def test_a_store_that_refuses_is_left_alone_for_long_and_asked_again() -> None:
+    clock = FakeClock()
+    guard = StoreGuard("writing", 5, FaultLog(logger, clock), clock)
+    for pause_s in (REFUSED_PAUSE_S, 2 * REFUSED_PAUSE_S):
+        assert guard.usable()
+        with guard.operation():
+            raise StoreReadOnlyError("403")
+        clock.now_s += pause_s - 1
+        assert guard.refuses
+        assert not guard.usable()
+        clock.now_s += 1
+    assert guard.usable()
+    assert not guard.refuses
 
 
 def test_a_store_that_fails_rests_but_does_not_hang() -> None:

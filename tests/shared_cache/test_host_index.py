@@ -146,6 +146,9 @@ class HostIndexMachine(RuleBasedStateMachine):
         slots = {slot for extent in extents for slot in self.journal.slots_of(extent)}
         return len(slots - self.journal.taken) + len(mine) - len(kept)
 
+    def extents_of(self, namespace: int) -> set[int]:
+        return {e for e, (owner, _) in self.journal.extents.items() if owner == namespace}
+
     def is_pinned(self, namespace: int, record: object) -> bool:
         name = (namespace, record.block_hash)  # type: ignore[attr-defined]
         return self.pins.get(name, 0.0) > self.clock.now_s
@@ -154,9 +157,15 @@ class HostIndexMachine(RuleBasedStateMachine):
     @rule(data=st.data(), num_slots=st.integers(0, 12))
     def reserve(self, data: st.DataObject, num_slots: int) -> None:
         holder, namespace, process = self.any_user(data)
-        num_evictable = self.num_evictable(namespace)
+        num_evictable, before = self.num_evictable(namespace), self.extents_of(namespace)
         slots = self.index.reserve(holder, namespace, num_slots)
-        assert min(num_slots, num_evictable) <= len(slots) <= num_slots
+        new = self.extents_of(namespace) - before
+        assert len(new) <= 1
+        assert len(slots) <= num_slots
+        if new:  # then nothing is evicted for the rest
+            assert slots
+        else:
+            assert len(slots) >= min(num_slots, num_evictable)
         process.reserved.update(dict.fromkeys(slots, namespace))
 
     @precondition(is_used)

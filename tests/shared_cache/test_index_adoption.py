@@ -8,7 +8,7 @@ from shared_cache.eviction import LruPolicy
 from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.host.index import BlockRecord, HostIndex, IndexRules, StoreAdmission
 from shared_cache.host.interface import NewRun
-from tests.shared_cache.arena_fakes import FakeJournal, make_index, put
+from tests.shared_cache.arena_fakes import FakeJournal, make_index, put, reserve_all
 from tests.shared_cache.fakes import FakeClock, chain_of
 
 CHAIN = chain_of(4)
@@ -65,7 +65,7 @@ def test_a_holder_that_came_back_has_its_leases_again() -> None:
     index.thaw()
     index.attach(7, 0)
     index.release(7, [first, second])
-    assert len(index.reserve(7, 0, 8)) == 7
+    assert len(reserve_all(index, 7, 0, 8)) == 7
     index.release(7, [first])
     assert len(index.reserve(7, 0, 8)) == 1
 
@@ -127,7 +127,7 @@ def test_parents_are_known_whatever_the_order_of_the_slots() -> None:
     index.attach(1, 0)
     index.thaw()
     for num_left in (3, 2, 1, 0):
-        index.reserve(1, 0, 5 if num_left == 3 else 1)
+        reserve_all(index, 1, 0, 5 if num_left == 3 else 1)
         names = {used.record.block_hash for used in journal.used.values()}
         assert names == set(RUN.hashes[:num_left])
 

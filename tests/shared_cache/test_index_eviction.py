@@ -1,11 +1,19 @@
 """Who makes room for whom, and in which order."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from shared_cache.eviction import PolicyName, make_policy
-from shared_cache.host.index import IndexRules
+from shared_cache.eviction import (
+    MAX_REFUSED,
+    EvictionPolicy,
+    PolicyName,
+    make_policy,
+)
+from shared_cache.hashing import BlockHash
+from shared_cache.host.blocks import SEARCH_PAUSE_S
+from shared_cache.host.index import Clock, IndexRules
 from shared_cache.host.interface import Retention
 from tests.shared_cache.arena_fakes import (
     HASHES,
@@ -147,6 +155,60 @@ class TestEviction:
         for num_left in (2, 0):  # the other group's turn comes with the next call
             assert len(arena.index.reserve(A, 0, 4)) == 2
             assert arena.names == set(HASHES[:num_left])
+
+    @pytest.mark.parametrize("policy", ["lru", "s3fifo", "priority"])
+    @pytest.mark.parametrize("keep", ["pin", "freeze"])
+    def test_kept_blocks_are_not_all_searched_but_what_may_go_is_found(
+        self, policy: PolicyName, keep: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        num_kept = 4 * MAX_REFUSED
+        clock, journal = FakeClock(), FakeJournal(num_kept + 3)
+        offers = 0
+
+        def counting(clock: Clock) -> EvictionPolicy:
+            made = make_policy(policy, clock)
+            evict = made.evict
+
+            def count_offers(num_blocks: int, try_evict: Callable[[BlockHash], bool]) -> int:
+                def count(block_hash: BlockHash) -> bool:
+                    nonlocal offers
+                    offers += 1
+                    return try_evict(block_hash)
+
+                return evict(num_blocks, count)
+
+            monkeypatch.setattr(made, "evict", count_offers)
+            return made
+
+        rules = IndexRules(counting)
+        index = make_index(rules, journal, clock, 1)
+        index.open_namespace("n", 4096)
+        index.attach(A, 0)
+        kept, free = run_of(stop=num_kept), run_of(stop=3, first_token=10**6)
+        grant = put(index, A, 0, kept)
+        index.release(A, grant.slots)
+        if keep == "pin":
+            index.pin(0, kept.hashes, 3600)
+        else:  # as the owner finds them after a crash
+            index = make_index(rules, journal, clock, 1)
+            index.open_namespace("n", 4096)
+            index.adopt_extent(0, 0)
+            for slot, used in journal.used.items():
+                index.adopt(0, slot, used.record)
+            index.attach(A, 0)
+        index.release(A, put(index, A, 0, free).slots)
+        index.lease(A, 0, kept.hashes[:20], 0)
+        found = 0
+        for _ in range(12):
+            offers = 0
+            num_found = len(index.reserve(A, 0, 1))
+            assert offers <= MAX_REFUSED + 1
+            if not num_found:
+                assert index.reserve(A, 0, 1) == ()
+                assert offers <= MAX_REFUSED + 1, "a search for nothing is followed by a pause"
+            found += num_found
+            clock.now_s += SEARCH_PAUSE_S
+        assert found == 3
 
     def test_a_pin_holds_until_its_time_is_over(self) -> None:
         arena = Arena(num_slots=4)

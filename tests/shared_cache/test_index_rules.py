@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shared_cache.host.index import Grant, HostIndex, IndexRules
+from shared_cache.host.turns import RECENT_S, RECHECK_STORED_S
 from tests.shared_cache.arena_fakes import HASHES, A, Arena, B, FakeJournal, lru, run_of
 from tests.shared_cache.fakes import FakeClock
 
@@ -53,7 +54,51 @@ def test_a_holder_ends_its_own_leases_one_by_one_and_no_others() -> None:
     assert len(arena.index.reserve(B, 0, 8)) == 2
 
 
+def test_in_use_is_what_is_leased_or_was_asked_for_lately() -> None:
+    arena = Arena()
+    slots = arena.put(A, run_of(stop=4)).slots
+    arena.index.release(A, slots[1:])
+    assert arena.index.in_use(0, HASHES[:6]) == [0, 1, 2, 3]
+    arena.clock.now_s += RECENT_S - 1
+    assert arena.index.in_use(0, HASHES[:4]) == [0, 1, 2, 3]
+    arena.clock.now_s += RECENT_S + 1
+    arena.index.lease(B, 0, HASHES[:2], 2)
+    assert arena.index.in_use(0, HASHES[:4]) == [0, 1]
+    arena.clock.now_s += 3 * RECENT_S
+    assert arena.index.in_use(0, [HASHES[5], *HASHES[:4]]) == [1]
+
+
 class TestStoring:
+    def test_what_is_stored_is_looked_up_again_when_that_is_long_ago(self) -> None:
+        arena = Arena()
+        arena.put_idle(replace(run_of(stop=2), is_stored=True))
+        arena.clock.now_s += RECHECK_STORED_S / 2
+        assert arena.index.lease(A, 0, HASHES, 0).to_store == ()
+        arena.clock.now_s += 2 * RECHECK_STORED_S
+        assert arena.index.lease(A, 0, HASHES, 0).to_store == (0, 1)
+        assert arena.index.lease(B, 0, HASHES, 0).to_store == ()
+        arena.index.stored(A, 0, HASHES[:1], True)  # it is there still
+        arena.index.stored(A, 0, HASHES[1:2], False)  # no time to look
+        assert arena.index.lease(B, 0, HASHES, 0).to_store == (1,)
+        arena.index.stored(B, 0, HASHES[1:2], True)
+        assert arena.index.lease(A, 0, HASHES, 0).to_store == ()
+
+    def test_what_the_shared_tier_has_lost_is_stored_at_its_next_use(self) -> None:
+        arena = Arena()
+        arena.put_idle(replace(run_of(stop=3), is_stored=True))
+        arena.index.stored(B, 0, [*HASHES[1:3], HASHES[7]], False)
+        assert arena.index.lease(A, 0, HASHES, 0).to_store == (1, 2)
+        arena.index.stored(A, 0, HASHES[1:3], True)
+        assert arena.index.lease(A, 0, HASHES, 0).to_store == ()
+
+    def test_nothing_is_looked_up_or_stored_where_nobody_writes(self) -> None:
+        arena = Arena(admission="never")
+        arena.put_idle(replace(run_of(stop=2), is_stored=True))
+        arena.clock.now_s += 3 * RECHECK_STORED_S
+        assert arena.index.lease(A, 0, HASHES, 0).to_store == ()
+        arena.index.stored(A, 0, HASHES[:2], False)
+        assert arena.index.lease(A, 0, HASHES, 0).to_store == ()
+
     def test_always_names_new_blocks_at_once_and_to_one_holder(self) -> None:
         arena = Arena()
         assert arena.put(A, run_of(stop=2)).to_store == (0, 1)

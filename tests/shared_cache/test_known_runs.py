@@ -1,8 +1,5 @@
 """What a process remembers of a store: hints that never outlive what they were read from."""
 
-import pytest
-
-from shared_cache import known_runs
 from shared_cache.codec import RunHead
 from shared_cache.hashing import BlockHashChain
 from shared_cache.known_runs import RUN_COST_BLOCKS, KnownRuns
@@ -77,32 +74,12 @@ def test_the_newest_run_is_kept_even_if_it_is_longer_than_the_limit() -> None:
     assert known.find(long.hashes[8]) is None
 
 
-def test_what_was_heard_is_told_once_and_never_instead_of_what_is_known() -> None:
-    known, chain, other = KnownRuns(), chain_of(4), chain_of(3, first_token=50)
-    known.add("a", head_of(chain))
-    known.hear("b", [chain.hashes[0], *other.hashes])
-    assert known.rumour(chain.hashes[0]) is None
-    assert known.rumour(other.hashes[1]) == "b"
-    assert known.rumour(other.hashes[1]) is None
-    known.hear("c", other.hashes)
-    assert known.rumour(other.hashes[2]) == "c"
-
-
-def test_only_so_much_hearsay_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_runs, "MAX_RUMOURS", 5)
-    known, chain = KnownRuns(), chain_of(8)
-    known.hear("a", chain.hashes)
-    known.hear("b", chain.hashes[3:5])
-    told = [known.rumour(block_hash) for block_hash in chain.hashes]
-    assert told == [None, None, None, "b", "b", "a", "a", "a"]
-
-
 def test_it_says_how_much_it_knows_and_when_it_is_full() -> None:
     known, chain = KnownRuns(max_blocks=2 * (4 + RUN_COST_BLOCKS)), chain_of(4)
     known.add("a", head_of(chain))
     assert (known.num_blocks, known.is_full) == (4, False)
-    assert (known.knows("a"), known.knows("b")) == (True, False)
+    assert known.names() == {"a"}
     known.add("b", head_of(chain_of(4, first_token=50)))
     assert (known.num_blocks, known.is_full) == (8, True)
     known.forget("a")
-    assert (known.num_blocks, known.is_full, known.knows("a")) == (4, False, False)
+    assert (known.num_blocks, known.is_full, known.names()) == (4, False, {"b"})

@@ -1,6 +1,7 @@
 """The tier of one process: its memory, its checksums, and threads that share it."""
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -147,6 +148,21 @@ class TestClaims:
         for held in (ours.lease, lease, theirs[0].lease):
             tier.release(held)
         assert tier.stats().leased_slots == 0
+
+    def test_a_claimed_block_that_another_one_brings_is_not_waited_for_any_more(self) -> None:
+        tier = make_host(8)
+        slow = tier.claim(HASHES[:3])
+        theirs = []
+        thread = threading.Thread(
+            target=lambda: theirs.append(tier.claim(HASHES[:3], wait_s=WAIT_S))
+        )
+        thread.start()
+        since_s = time.monotonic()
+        put(tier, run_of(0, 3))
+        thread.join(2 * WAIT_S)
+        assert time.monotonic() - since_s < WAIT_S / 2
+        assert len(theirs[0].lease.slots) == 3
+        tier.cancel(slow.slots)
 
     def test_a_claim_that_is_cancelled_goes_to_who_waits(self) -> None:
         tier = make_host(8)

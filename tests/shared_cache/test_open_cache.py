@@ -10,8 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from shared_cache.config import CacheConfig
+from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.errors import ConfigError, StoreUnavailableError
+from shared_cache.fs_store import FsBlockStore, open_store
 from shared_cache.namespace import Namespace
 from shared_cache.opening import open_cache
 from shared_cache.store import BlockStore
@@ -21,6 +22,7 @@ from tests.shared_cache.fakes import (
     ScriptedStore,
     chain_of,
     payload_of,
+    run_of,
     save_blocks,
 )
 
@@ -97,6 +99,38 @@ def test_a_store_that_cannot_be_reached_is_an_error_that_says_how_to_do_without(
         open_cache(CacheConfig(store="s3://b", host=HOST), NAMESPACE)
 
 
+@pytest.mark.parametrize(
+    "given", [{"name": "a"}, {"folder": "/dev/shm/a"}, {"start_owner": False}, {"reserve_ahead": 3}]
+)
+def test_what_only_an_arena_has_is_refused_without_one(given: dict[str, object]) -> None:
+    (name,) = given
+    with pytest.raises(ValueError, match=f"scope: process has no arena.*{name}.*scope: node"):
+        HostConfig.model_validate({"scope": "process", **given})
+    HostConfig.model_validate({"scope": "node", **given})
+    assert HostConfig.model_validate(HostConfig(scope="process").model_dump()).scope == "process"
+
+
+def test_inner_blocks_of_what_others_stored_are_found_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared_cache.refreshing.FIRST_WITHIN_S", 0.0)
+    is_done, url, chain = threading.Event(), f"file://{tmp_path}/s", chain_of(6)
+    open_store(url, NAMESPACE).write(run_of(chain))
+    refresh = FsBlockStore.refresh
+
+    def refreshed(store: FsBlockStore) -> int:
+        num_blocks = refresh(store)
+        is_done.set()
+        return num_blocks
+
+    monkeypatch.setattr(FsBlockStore, "refresh", refreshed)
+    cache = open_cache(CacheConfig(store=url, host=HOST), NAMESPACE)
+    assert is_done.wait(10)
+    assert cache._tiers.tiers[0].num_stored(chain.hashes[3:], 0) == 3
+    cache.close()
+    assert not [t for t in threading.enumerate() if t.name == "kvcommons-refresh"]
+
+
 def test_a_read_only_store_is_used_with_a_warning(  # type: ignore[no-untyped-def]
     opened_with, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -167,10 +201,28 @@ def test_the_shared_tier_gets_what_its_admission_says(  # type: ignore[no-untype
 def test_a_cache_without_tiers_loads_no_file_systems() -> None:
     script = """
 import sys
-from shared_cache.config import CacheConfig
+from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.opening import open_cache
 from tests.shared_cache.fakes import NAMESPACE
 open_cache(CacheConfig(host={"scope": "process", "bytes": "1MiB"}), NAMESPACE).close()
 assert not {"fsspec", "obstore", "pyarrow"} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("admission", "is_read_only", "expected"),
+    [
+        ("always", False, "always"),
+        ("worth", False, "always"),
+        ("second_use", False, "second_use"),
+        ("never", False, "never"),
+        ("always", True, "never"),
+    ],
+)
+def test_one_rule_says_which_blocks_are_named_for_the_shared_tier(
+    admission: str, is_read_only: bool, expected: str
+) -> None:
+    config = CacheConfig(tiers=[{"url": "memory://x", "admission": admission}])
+    assert config.store_admission(is_read_only=is_read_only) == expected
+    assert CacheConfig().store_admission() == "never"

@@ -230,7 +230,8 @@ def test_a_client_that_comes_back_has_what_it_says_and_no_more(
     leased = before.ask(_commit(slots[:2])).slots
     before.ask(wire.Lease(1, pack_hashes(HASHES[:2]), 0))
     again = clients.connect(5)
-    held = {"boot": boot, "leased": leased[:1], "reserved": [slots[2], 10**6, slots[0]]}
+    reserved = [slots[2], 10**6, slots[0], slots[2]]
+    held = {"boot": boot, "leased": leased[:1], "reserved": reserved, "hashes": HASHES[0]}
     welcome = again.attach(**held)
     assert sorted(welcome.refused) == sorted([10**6, slots[0]])
     assert welcome.lost == []
@@ -252,7 +253,9 @@ def test_two_namespaces_with_blocks_of_two_sizes_share_the_arena(clients: Client
     small, large = clients.attach(), clients.connect()
     large.attach("two", 1 << 20)
     assert len(_claim(small).reserved) == 4
-    assert len(large.ask(wire.Reserve(1, 9)).slots) == 2, "one extent is left, with two slots"
+    wanted = pack_hashes(hashes_of("large", 9))
+    reserved = large.ask(wire.Claim(1, wanted, 0.0)).reserved
+    assert len(reserved) == 2, "one extent is left, with two slots"
     counts = large.ask(wire.GetStats(1)).stats
     assert (counts.num_slots, counts.reserved_slots, counts.block_bytes) == (2, 2, 1 << 20)
 
@@ -268,6 +271,17 @@ def test_a_claim_waits_for_the_block_that_another_one_brings(clients: Clients) -
     claimed = waiting.answer()
     assert (claimed.id, claimed.slots, claimed.reserved) == (7, granted.slots, [])
     assert claimed.num_from_peers == 4
+
+
+def test_a_waiting_claim_is_answered_when_another_one_than_the_claimer_brings(
+    clients: Clients,
+) -> None:
+    slow, waiting, saving = clients.attach(), clients.attach(), clients.attach()
+    _claim(slow)
+    _begin_waiting(waiting)
+    slots = saving.ask(wire.Reserve(1, 4)).slots
+    granted = saving.ask(_commit(slots))
+    assert waiting.answer().slots == granted.slots
 
 
 def test_a_waiting_claim_takes_over_what_was_given_up(clients: Clients) -> None:

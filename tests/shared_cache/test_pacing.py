@@ -99,3 +99,13 @@ def test_an_idle_link_is_used_at_once_and_a_busy_one_at_its_rate():
 def test_no_limit_is_no_wait():
     limit = BandwidthLimit(None)
     assert [limit.delay_s(1 << 40) for _ in range(3)] == [0.0] * 3
+
+
+def test_what_was_booked_and_not_used_is_given_back() -> None:
+    now_s = [100.0]
+    limit = BandwidthLimit(1000.0, burst_s=0.0, clock=lambda: now_s[0])
+    assert limit.seconds(500) == pytest.approx(0.5)
+    limit.delay_s(500)
+    assert limit.seconds(500) == pytest.approx(1.0)
+    limit.give_back(400)
+    assert limit.delay_s(500) == pytest.approx(0.1)

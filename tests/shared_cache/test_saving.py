@@ -17,13 +17,13 @@ from shared_cache.errors import (
     StoreReadOnlyError,
     StoreUnavailableError,
 )
-from shared_cache.faults import FaultLog
+from shared_cache.faults import REFUSED_PAUSE_S, FaultLog
 from shared_cache.hashing import BlockHashChain
 from shared_cache.host.interface import HostTier, NewRun
+from shared_cache.save_jobs import MERGED_BLOCKS
 from shared_cache.saving import (
     MAX_SETBACKS,
     MAX_THREADS,
-    MERGED_BLOCKS,
     PAUSE_POLL_S,
     SaveCounts,
     SaveQueue,
@@ -290,7 +290,10 @@ def test_a_read_only_store_is_read_and_never_written() -> None:
     cache.close()
 
 
-def test_a_store_that_turns_out_read_only_is_tried_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_refuses_to_be_written_is_tried_again_after_a_long_pause(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Rights come back: credentials expire, disks are mounted again."""
     store, clock = ScriptedStore(), FakeClock()
 
     def refuse(_: object) -> None:
@@ -300,11 +303,17 @@ def test_a_store_that_turns_out_read_only_is_tried_once(caplog: pytest.LogCaptur
     cache = make_cache(store, clock=clock)
     for start in range(3):
         save(cache, CHAIN, start, start + 1)
-        assert cache.flush(WAIT_S)
-        clock.now_s += 100
+        assert cache.flush(WAIT_S), "dropped at once meanwhile"
+        clock.now_s += 10
     assert store.num_writes == 1
     assert cache.stats().dropped_saves == 3
-    assert "saving ends" in caplog.text
+    assert cache.stats().host.leased_slots == 0
+    assert "cannot be written to for now" in caplog.text
+    store.on_write = lambda run: None
+    clock.now_s += REFUSED_PAUSE_S
+    save(cache, CHAIN, 3, 6)
+    assert cache.flush(WAIT_S)
+    assert (cache.stats().saved_blocks, cache.stats().dropped_saves) == (3, 3)
     cache.close()
 
 
@@ -330,10 +339,7 @@ def test_a_process_that_forgets_to_close_ends_even_while_the_store_hangs() -> No
     """The write never returns; the interpreter must end all the same, without a crash."""
     script = """
 import threading
-import shared_cache.publishing, shared_cache.saving, shared_cache.tiers
 from tests.shared_cache.fakes import ScriptedStore, chain_of, make_cache, save_blocks
-for module in (shared_cache.publishing, shared_cache.saving, shared_cache.tiers):
-    module.CLOSE_TIMEOUT_S = 0.2
 store = ScriptedStore()
 entered = threading.Event()
 def hang(_):

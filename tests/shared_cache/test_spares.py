@@ -15,6 +15,7 @@ from shared_cache.errors import StoreFullError
 from shared_cache.fs_store import FsBlockStore, StoreFaults, open_store
 from shared_cache.local_medium import LocalMedium
 from shared_cache.spares import STALE_SPARE_S, SpareFiles, best_fit, file_system_of, spare_bytes_of
+from shared_cache.whole_store import WholeStore
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 
@@ -291,6 +292,8 @@ def test_spares_that_nobody_takes_are_given_back(store: FsBlockStore, tmp_path: 
     long_ago_s = time.time() - STALE_SPARE_S - 60
     os.utime(first, (long_ago_s, long_ago_s))
     assert list(store.entries()) == []
+    assert first.exists()  # looking changes nothing
+    WholeStore(store.url).find(tidies=True)
     assert not first.exists()
     assert second.exists()
 

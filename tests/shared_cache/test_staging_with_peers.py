@@ -288,3 +288,30 @@ def test_a_damaged_block_ends_the_prefix_where_every_load_is_verified(
     check(cache, cache.stage(HASHES), 20)
     assert num_in_host(cache, HASHES) == 0, "nothing is leased any more"
     cache.close()
+
+
+def test_a_look_up_that_finds_damage_gives_back_the_duty_to_store() -> None:
+    """The blocks before the damage are stored after the next look-up."""
+    store, host = ScriptedStore(), ScriptedHost(admission="second_use")
+    cache = make_cache(store, host_tier=host, host={"scope": "process", "verify_every_load": True})
+    save_blocks(cache, CHAIN, 0, 6)
+    assert cache.flush(WAIT_S)
+    host.damage(HASHES[3])
+    for _ in range(3):
+        cache.release(cache.lease(HASHES[:6]))
+        assert cache.flush(WAIT_S)
+    assert store.match(HASHES) == 3
+    cache.close()
+
+
+def test_who_cannot_write_gives_duties_back_seldom() -> None:
+    store = ScriptedStore()
+    store.read_only = True
+    host = ScriptedHost()
+    cache = make_cache(store, host_tier=host)
+    save_blocks(cache, CHAIN, 0, 3)
+    for _ in range(5):
+        assert cache.flush(WAIT_S)
+        cache.release(cache.lease(HASHES[:3]))
+    assert host.answers == [(tuple(HASHES[:3]), False)], "not at every look-up"
+    cache.close()

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from shared_cache import fs_store
-from shared_cache.errors import StoreFullError
+from shared_cache import fs_store, refreshing
+from shared_cache.errors import StoreError, StoreFullError
 from shared_cache.fs_store import open_store
+from shared_cache.known_runs import KnownRuns
 from shared_cache.local_medium import LocalMedium
 from shared_cache.medium import Medium
+from shared_cache.refreshing import Refresher
 from tests.shared_cache import fake_file_systems
-from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
+from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, FakeClock, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 
 
@@ -27,31 +29,6 @@ def fake_protocols() -> Iterator[None]:
 @pytest.fixture(params=["file", "faulty"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"file://{tmp_path}" if request.param == "file" else f"faulty:///{uuid.uuid4().hex}"
-
-
-class TestHints:
-    def test_inner_blocks_are_found_by_a_hint(self, url: str) -> None:
-        chain = chain_of(6)
-        open_store(url, NAMESPACE).write(run_of(chain))
-        fresh = open_store(url, NAMESPACE)
-        assert fresh.match(chain.hashes[3:]) == 0
-        fresh.learn(chain.hashes[0], chain.hashes[3:4])
-        assert fresh.match(chain.hashes[3:]) == 3
-        assert read_all(fresh, chain.hashes[3:]) == payloads_of(chain.hashes[3:])
-
-    def test_a_hint_to_what_is_gone_is_a_miss_and_no_fault(self, url: str) -> None:
-        chain = chain_of(6)
-        store = open_store(url, NAMESPACE)
-        store.learn(chain.hashes[0], chain.hashes)
-        assert store.match(chain.hashes[2:]) == 0
-        assert store.faults.vanished == 0
-        store.write(run_of(chain).tail(2))
-        assert store.match(chain.hashes[2:]) == 4
-
-    def test_a_hint_reads_nothing(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        store = open_store(url, NAMESPACE)
-        monkeypatch.setattr(store, "_medium", None)
-        store.learn(chain_of(2).hashes[0], chain_of(2).hashes)
 
 
 class TestRefresh:
@@ -78,6 +55,95 @@ class TestRefresh:
         assert [fresh.match(chain.hashes[2:]) for chain in chains] == [2] * 5
         assert len(opened) == 4
 
+    def test_what_others_deleted_is_forgotten(self, url: str) -> None:
+        store, other = (open_store(url, NAMESPACE) for _ in range(2))
+        kept, deleted = chain_of(3), chain_of(2, first_token=100)
+        store.write(run_of(kept))
+        store.write(run_of(deleted))
+        for entry in list(other.entries()):
+            if entry.hashes[0] == deleted.hashes[0]:
+                other.delete(entry.name)
+        assert store.match(deleted.hashes) == 2  # believed without a look
+        assert store.refresh() == 3
+        assert store.match(deleted.hashes) == 0
+        assert store.faults.vanished == 0
+
+    def test_a_store_that_fills_the_memory_for_it_is_not_listed(
+        self, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = open_store(url, NAMESPACE)
+        monkeypatch.setattr(store, "_known", KnownRuns(max_blocks=5))
+        store.write(run_of(chain_of(4)))
+        monkeypatch.setattr(store, "_medium", None)
+        assert store.refresh() == 4
+
+    def test_it_happens_by_itself_until_the_store_is_closed(
+        self, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(refreshing, "FIRST_WITHIN_S", 0.01)
+        chain = chain_of(6)
+        open_store(url, NAMESPACE).write(run_of(chain))
+        fresh, is_done = open_store(url, NAMESPACE), threading.Event()
+        look_up = fresh._look_up
+
+        def looked_up(names: Sequence[str]) -> None:
+            look_up(names)
+            is_done.set()
+
+        monkeypatch.setattr(fresh, "_look_up", looked_up)
+        assert fresh.match(chain.hashes[3:]) == 0
+        fresh.refresh_in_background()
+        assert is_done.wait(10)
+        assert fresh.match(chain.hashes[3:]) == 3
+        fresh.close()
+        assert not fresh._refresher._thread.is_alive()
+
+    def test_a_store_that_hangs_keeps_nobody_from_closing(
+        self, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(refreshing, "FIRST_WITHIN_S", 0.01)
+        monkeypatch.setattr(refreshing, "CLOSE_TIMEOUT_S", 0.05)
+        store, is_hanging, go_on = open_store(url, NAMESPACE), threading.Event(), threading.Event()
+
+        def hang(**_: object) -> list[object]:
+            is_hanging.set()
+            assert go_on.wait(10)
+            return []
+
+        monkeypatch.setattr(store._medium, "list", hang)
+        store.refresh_in_background()
+        assert is_hanging.wait(10)
+        store.write(run_of(chain_of(2)))
+        assert store.match(chain_of(2).hashes) == 2
+        store.close()
+        go_on.set()
+        store._refresher._thread.join(10)
+        assert not store._refresher._thread.is_alive()
+
+    def test_a_slow_one_rests_longer_and_a_fault_ends_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waits_s: list[float] = []
+        clock = FakeClock()
+
+        class Closing(threading.Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                waits_s.append(timeout or 0.0)
+                return len(waits_s) == 4
+
+        def refresh() -> None:
+            clock.now_s += 30.0 if len(waits_s) == 1 else 0.001
+            if len(waits_s) == 2:
+                raise StoreError("the bucket is away")
+
+        monkeypatch.setattr(refreshing.time, "monotonic", clock)
+        refresher = Refresher(refresh)
+        refresher._closing = Closing()
+        refresher._work()
+        assert waits_s[1] == 1500.0
+        assert all(300 <= wait_s <= 900 for wait_s in waits_s[2:])
+        assert refresher.num_faults == 1
+
     def test_what_was_used_last_is_known_when_not_all_can_be(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -92,6 +158,20 @@ class TestRefresh:
         fresh = open_store(f"file://{tmp_path}", NAMESPACE)
         assert fresh.refresh() == 4
         assert [fresh.match(chain.hashes[1:]) for chain in chains] == [1, 1, 0, 0]
+
+
+class TestWritingWhatWasDeleted:
+    def test_it_is_written_again_although_it_is_remembered(self, url: str) -> None:
+        ours, others = (open_store(url, NAMESPACE) for _ in range(2))
+        chain = chain_of(6)
+        ours.write(run_of(chain).tail(3))
+        assert ours.write(run_of(chain)) >= 3
+        for entry in list(others.entries()):
+            others.delete(entry.name)
+        assert ours.write(run_of(chain)) == 6
+        assert read_all(open_store(url, NAMESPACE), chain.hashes) == payloads_of(chain.hashes)
+        assert ours.write(run_of(chain)) == 0
+        assert ours.faults.vanished == 0
 
 
 class TestWritingSeveralObjects:

@@ -16,6 +16,7 @@ from shared_cache import fs_store
 from shared_cache.fs_store import StoreFaults, open_store
 from shared_cache.hashing import BlockHashChain
 from shared_cache.store import BlockStore, MemoryBlockStore
+from shared_cache.whole_store import WholeStore
 from tests.shared_cache import fake_file_systems
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
 from tests.shared_cache.store_contract import BlockStoreContract, payloads_of, read_all
@@ -250,9 +251,14 @@ def test_temporaries_are_not_listed_and_old_ones_removed(protocol: str, tmp_path
     young, old = (Path(f"{path}.{digit * 16}.tmp") for digit in "12")
     for temporary in (young, old):
         temporary.write_bytes(b"half")
-    hours_ago_s = time.time() - 7200
-    os.utime(old, (hours_ago_s, hours_ago_s))
+    hours_ago_s, days_ago_s = time.time() - 7200, time.time() - 2 * 86400
+    os.utime(young, (hours_ago_s, hours_ago_s))  # or the clock has been set
+    os.utime(old, (days_ago_s, days_ago_s))
     assert len(list(store.entries())) == 1
+    assert store.refresh() == 1
+    assert WholeStore(url).find()[0].num_objects == 1
+    assert old.exists()  # looking changes nothing
+    assert WholeStore(url).find(tidies=True)[0].num_objects == 1
     assert young.exists()
     assert not old.exists()
 

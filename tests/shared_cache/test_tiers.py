@@ -283,3 +283,44 @@ def test_two_tiers_on_disk_share_blocks_between_replicas(tmp_path: Path) -> None
     check(again, again.stage(HASHES, WAIT_S), 20)
     assert [tier.read_blocks for tier in again.stats().tiers] == [20, 0]
     again.close()
+
+
+def test_objects_that_are_no_good_and_retries_are_counted_per_tier(tmp_path: Path) -> None:
+    """A store that decays would otherwise only make answers slower, and nobody would know why."""
+    host = {"scope": "process", "bytes": "1MiB"}
+    config = CacheConfig(store=f"file://{tmp_path}/shared", host=host)
+    writer = open_cache(config, NAMESPACE)
+    save_blocks(writer, CHAIN, 0, 6)
+    assert writer.flush(WAIT_S)
+    writer.close()
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            path.write_bytes(bytes(byte ^ 1 for byte in data))
+    reader = open_cache(config, NAMESPACE)
+    reader.release(reader.stage(HASHES[:6], WAIT_S))
+    tier = reader.stats().tiers[0]
+    assert tier.corrupt_objects > 0
+    assert (tier.foreign_objects, tier.vanished_objects, tier.retries) == (0, 0, 0)
+    reader.close()
+    cache = make_cache(type("Retrying", (ScriptedStore,), {"num_retries": 3})())
+    assert cache.stats().tiers[0].retries == 3
+    cache.close()
+
+
+def test_statistics_take_no_time_under_the_lock_of_the_engines_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = make_cache(store_with(0))
+    gate_stats = cache.gate.stats
+
+    def stats() -> object:
+        done = threading.Thread(target=cache.lose, args=(1,), daemon=True)
+        done.start()
+        done.join(WAIT_S)
+        assert not done.is_alive(), "a hook of the step would wait"
+        return gate_stats()
+
+    monkeypatch.setattr(cache.gate, "stats", stats)
+    assert cache.stats().dropped_saves == 1
+    cache.close()

@@ -15,18 +15,25 @@ from shared_cache.config import TierConfig
 from shared_cache.errors import StoreError
 from shared_cache.fs_store import FsBlockStore, StoreFaults, open_store
 from shared_cache.hashing import BlockHashChain
+from shared_cache.host.interface import HostLease, NewRun
+from shared_cache.host.local import LocalHostTier
+from shared_cache.host.turns import RECENT_S
 from shared_cache.namespace import FORMAT_VERSION
+from shared_cache.size_estimate import RELIST_ROUNDS
 from shared_cache.store import BlockRun, MemoryBlockStore
-from shared_cache.upkeep import (
-    RELIST_ROUNDS,
-    Housekeeper,
-    Turn,
-    keep_house,
-    plan_collection,
-)
+from shared_cache.upkeep import Housekeeper, keep_house, plan_collection
+from shared_cache.upkeep_turn import Turn
 from shared_cache.verifying import CheckedObject
 from shared_cache.whole_store import WholeStore, folder_of
-from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, WAIT_S, chain_of, payload_of, run_of
+from tests.shared_cache.fakes import (
+    BLOCK_BYTES,
+    NAMESPACE,
+    WAIT_S,
+    FakeClock,
+    chain_of,
+    payload_of,
+    run_of,
+)
 from tests.shared_cache.store_contract import payloads_of, read_all
 
 OTHER = replace(NAMESPACE, revision="older")
@@ -49,6 +56,14 @@ def object_path(store: FsBlockStore, name: str) -> str:
     folder = WholeStore(store.url).local_folder(store.namespace)
     assert folder is not None
     return f"{folder}/{name}"
+
+
+def put(host: LocalHostTier, chain: BlockHashChain) -> HostLease:
+    """The blocks of a chain enter host memory, known to be stored."""
+    slots = host.reserve(len(chain.hashes))
+    for slot, block_hash in zip(slots, chain.hashes, strict=True):
+        host.buffer(slot)[:] = payload_of(block_hash)
+    return host.commit(slots, NewRun(chain.parent_of(0), tuple(chain.hashes), is_stored=True))
 
 
 def chains(count: int, num_blocks: int = 4) -> list[BlockHashChain]:
@@ -138,31 +153,124 @@ class TestHousekeeper:
         store = CountingStore()
         store.write(run_of(chain_of(4)))
         keeper = Housekeeper(store, 8 * BLOCK_BYTES, None)
-        tick(keeper, RELIST_ROUNDS)
-        assert store.num_listings == 1
+        tick(keeper, 2)
+        assert store.num_listings == 2  # it is not known yet how fast it grows
+        tick(keeper, RELIST_ROUNDS - 1)
+        assert store.num_listings == 2
         keeper.written(4 * BLOCK_BYTES)
         keeper.tick()
-        assert store.num_listings == 2  # the tenth round
+        assert store.num_listings == 3  # the tenth round
         keeper.written(3 * BLOCK_BYTES)
         keeper.tick()
-        assert store.num_listings == 2  # it cannot be over its budget yet
+        assert store.num_listings == 3  # it cannot be over its budget yet
         store.write(run_of(chain_of(5, first_token=1000)))
         keeper.written(2 * BLOCK_BYTES)
         keeper.tick()
-        assert store.num_listings == 3
+        assert store.num_listings == 4
         assert sum(run.num_bytes for run in store.entries()) <= 8 * BLOCK_BYTES * 0.9
 
     def test_what_others_write_is_expected_from_what_they_wrote(self) -> None:
         store = CountingStore()
         keeper = Housekeeper(store, 100 * BLOCK_BYTES, None)
-        keeper.tick()
+        tick(keeper, 2)
         store.write(run_of(chain_of(60)))
         tick(keeper, RELIST_ROUNDS)  # the last of them finds 60 blocks in 10 rounds
-        assert store.num_listings == 2
-        tick(keeper, 6)
-        assert store.num_listings == 2
-        tick(keeper, 1)  # 60 + 7 * 6 blocks are more than 100
         assert store.num_listings == 3
+        tick(keeper, 6)
+        assert store.num_listings == 3
+        tick(keeper, 1)  # 60 + 7 * 6 blocks are more than 100
+        assert store.num_listings == 4
+
+    def test_a_disk_that_is_full_is_looked_at_in_the_next_round(self) -> None:
+        store = CountingStore()
+        keeper = Housekeeper(store, 100 * BLOCK_BYTES, None)
+        tick(keeper, 3)
+        assert store.num_listings == 2
+        keeper.found_full()
+        tick(keeper, 2)
+        assert store.num_listings == 3
+
+    def test_over_its_budget_it_does_not_wait_for_its_next_round(self) -> None:
+        store, is_clean = CountingStore(), threading.Event()
+        keeper = Housekeeper(store, 8 * BLOCK_BYTES, None, interval_s=3600.0)
+
+        def delete(name: str) -> None:
+            MemoryBlockStore.delete(store, name)
+            is_clean.set()
+
+        store.delete = delete
+        keeper.start()
+        for _ in range(3):
+            keeper.written(store.write(run_of(chain_of(3, first_token=1000))) * BLOCK_BYTES)
+        assert not is_clean.is_set()
+        keeper.written(store.write(run_of(chain_of(6))) * BLOCK_BYTES)
+        assert is_clean.wait(WAIT_S)
+        keeper.close()
+
+    @pytest.mark.parametrize("is_full", [True, False])
+    def test_who_may_not_clean_up_tells_who_does(self, url: str, is_full: bool) -> None:
+        stores = [open_store(url, NAMESPACE) for _ in range(2)]
+        cleaning, writing = (
+            Housekeeper(store, 100_000, None, whole=WholeStore(url)) for store in stores
+        )
+        tick(cleaning, 2)
+        assert writing.tick() is None
+        stores[1].write(run_of(chain_of(1)))
+        for chain in chains(100):
+            num_written = stores[1].write(run_of(chain))
+            if not is_full:
+                writing.written(num_written * BLOCK_BYTES)
+        if is_full:
+            writing.found_full()
+        assert stored_bytes(url) > 100_000
+        assert cleaning.tick() is not None
+        assert stored_bytes(url) <= 100_000
+        assert cleaning.tick() is None
+        cleaning.close()
+        writing.close()
+
+    def test_what_this_node_has_in_use_stays(self, url: str) -> None:
+        store, now_s = open_store(url, NAMESPACE), time.time()
+        leased, recent, unused, newest = chains(4)
+        for age, chain in enumerate((newest, unused, recent, leased)):
+            write_at(store, chain, now_s - 7200 * age)
+        clock = FakeClock()
+        host = LocalHostTier(32 * 4096, BLOCK_BYTES, clock=clock)
+        lease = put(host, leased)
+        host.release(put(host, unused))
+        clock.now_s += 2 * RECENT_S
+        host.release(put(host, recent))
+        assert host.in_use([*leased.hashes, *recent.hashes, *unused.hashes]) == {
+            *leased.hashes,
+            *recent.hashes,
+        }
+        keeper = keep_house(store, TierConfig(url=url, max_age_s=3600))
+        assert keeper is not None
+        keeper.protect(host)
+        keeper.tick()
+        found = [open_store(url, NAMESPACE).match(c.hashes) for c in (leased, recent, unused)]
+        assert found == [4, 4, 0]
+        assert host.lease(unused.hashes).to_store == (0, 1, 2, 3)  # deleted, and asked for again
+        assert host.lease(leased.hashes).to_store == ()
+        host.release(lease)
+        keeper.close()
+
+    def test_other_blocks_go_instead_of_those_in_use(self) -> None:
+        store, host = MemoryBlockStore(NAMESPACE), LocalHostTier(32 * 4096, BLOCK_BYTES)
+        for chain in chains(4, num_blocks=1):
+            store.write(run_of(chain))
+        runs = sorted(store.entries(), key=lambda run: run.name)
+        (first,) = [c for c in chains(4, num_blocks=1) if c.hashes[0] == runs[0].hashes[0]]
+        put(host, first)
+        plan = plan_collection(
+            {"n": store}, CollectionRules(max_bytes=3 * BLOCK_BYTES), 0.0, host, "n"
+        )
+        names = [victim.run.name for victim in plan.victims]
+        assert names == [run.name for run in runs[1:3]]
+        for chain in chains(4, num_blocks=1):
+            put(host, chain)
+        tight = CollectionRules(max_bytes=1)  # only what is in use can go
+        assert len(plan_collection({"n": store}, tight, 0.0, host, "n").victims) == 4
 
     def test_it_works_by_itself_until_it_is_closed(self) -> None:
         store, is_clean = CountingStore(), threading.Event()

@@ -74,29 +74,37 @@ class TestWarmPrefix:
 
     def test_all_blocks_are_there_verified_and_unleased(self, store: MemoryBlockStore) -> None:
         host = self.host()
-        assert warm_prefix(host, store, prefix_of(self.chain)) == 40
+        assert warm_prefix(host, store, prefix_of(self.chain), is_shared=True) == 40
         self.check(host, 40)
 
     def test_what_is_there_already_is_not_read_again(self, store: MemoryBlockStore) -> None:
         host = self.host()
-        warm_prefix(host, store, prefix_of(chain_of(10)))
+        warm_prefix(host, store, prefix_of(chain_of(10)), is_shared=True)
         for run in list(store.entries())[:10]:
             store.delete(run.name)
-        assert warm_prefix(host, store, prefix_of(self.chain)) == 40
+        assert warm_prefix(host, store, prefix_of(self.chain), is_shared=True) == 40
         self.check(host, 40)
 
     def test_it_ends_where_the_store_has_no_more(self, store: MemoryBlockStore) -> None:
         host = self.host()
         store.delete(self.chain.hashes[35].hex())
-        assert warm_prefix(host, store, prefix_of(self.chain)) == 35
+        assert warm_prefix(host, store, prefix_of(self.chain), is_shared=True) == 35
         self.check(host, 35)
 
     def test_it_ends_where_memory_is_full(self, store: MemoryBlockStore) -> None:
         host = self.host(num_slots=16)
         slots = host.reserve(6)  # a replica is writing
-        assert warm_prefix(host, store, prefix_of(self.chain)) == 10
+        assert warm_prefix(host, store, prefix_of(self.chain), is_shared=True) == 10
         host.cancel(slots)
         self.check(host, 10)
+
+    def test_blocks_of_another_store_are_left_to_be_stored(self, store: MemoryBlockStore) -> None:
+        host = self.host()
+        assert warm_prefix(host, store, prefix_of(self.chain), is_shared=False) == 40
+        lease = host.lease(self.chain.hashes)
+        assert lease.to_store == tuple(range(40))
+        host.release(lease)
+        assert warm_prefix(host, store, prefix_of(self.chain), is_shared=False) == 40
 
     def test_pinned_blocks_are_not_pushed_out(self, store: MemoryBlockStore) -> None:
         host = self.host(num_slots=16)

@@ -6,6 +6,7 @@ must never be called valid. All of that is here and nowhere else.
 """
 
 import logging
+import time
 from typing import Any
 
 from actors.engines.torch.scheduler import Scheduled
@@ -17,10 +18,12 @@ from shared_cache.connector.interface import (
     SchedulerOutput,
 )
 from shared_cache.staging import SharedCache
+from shared_cache.tiers import CLOSE_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
-_FLUSH_S = 30.0
+_CLOSE_S = 30.0
+"""How long closing takes at most, should a store hang: writing what is queued, and stopping."""
 
 
 class ConnectorDriver:
@@ -115,10 +118,13 @@ class ConnectorDriver:
         close = getattr(self._worker, "close", None)  # TensorRT-LLM's interface has no such call
         if close is not None:
             close()
-        if self.cache is not None:
-            if not self.cache.flush(_FLUSH_S):
-                logger.warning("saves were still queued %g s after the end; dropped", _FLUSH_S)
-            self.cache.close()
+        if self.cache is None:
+            return
+        deadline_s = time.monotonic() + _CLOSE_S
+        flush_s = _CLOSE_S - CLOSE_TIMEOUT_S
+        if not self.cache.is_flush_hopeless and not self.cache.flush(flush_s):
+            logger.warning("saves were still queued %g s after the end; dropped", flush_s)
+        self.cache.close(min(CLOSE_TIMEOUT_S, max(0.0, deadline_s - time.monotonic())))
 
 
 def _report(item: Scheduled) -> RequestData:
