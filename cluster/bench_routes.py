@@ -18,7 +18,7 @@ from shared_cache.errors import KvcommonsError
 from shared_cache.hashing import BlockHashChain
 from shared_cache.host.interface import HostTier, NewRun
 from shared_cache.namespace import Namespace
-from shared_cache.store import BlockRun, BlockStore
+from shared_cache.stores.store import BlockRun, BlockStore
 
 CALL_BYTES = 8 << 20
 """Most bytes of one system call; larger ones were sometimes several times slower."""

@@ -20,10 +20,10 @@ from cluster.bench_arena import bench_host
 from cluster.bench_routes import Blocks, Route, disk_routes, memory_routes, store_routes
 from cluster.cache_target import add_store, progress, show, whole_store
 from shared_cache.errors import ConfigError
-from shared_cache.fs_store import open_store
-from shared_cache.io_errors import writing
+from shared_cache.media.io_errors import writing
 from shared_cache.namespace import BlockLayout, Namespace
-from shared_cache.whole_store import WholeStore
+from shared_cache.stores.fs_store import open_store
+from shared_cache.upkeep.whole_store import WholeStore
 
 LAYOUTS = {
     "720KiB": BlockLayout(30, 2, 3, 32, 64, "bfloat16"),  # SmolLM2-135M

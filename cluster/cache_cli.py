@@ -16,14 +16,14 @@ from typing import Any
 from cluster import cache_bench, cache_tables, cache_warm
 from cluster.cache_target import add_target, chosen, existing, progress, readable, show, whole_store
 from cluster.units import parse_bytes, parse_duration_s, show_bytes
-from shared_cache.collecting import CollectionRules
 from shared_cache.errors import ConfigError, KvcommonsError
-from shared_cache.inventory import take_inventory
 from shared_cache.namespace import Namespace
-from shared_cache.store import StoredRun
-from shared_cache.upkeep import Collected, plan_collection
-from shared_cache.verifying import CheckedObject
-from shared_cache.whole_store import FoundNamespace, WholeStore
+from shared_cache.stores.store import StoredRun
+from shared_cache.upkeep.collecting import CollectionRules
+from shared_cache.upkeep.inventory import take_inventory
+from shared_cache.upkeep.upkeep import Collected, plan_collection
+from shared_cache.upkeep.verifying import CheckedObject
+from shared_cache.upkeep.whole_store import FoundNamespace, WholeStore
 
 DAMAGED = 1
 FAILED = 2

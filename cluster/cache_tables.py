@@ -8,11 +8,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cluster.units import show_age, show_bytes
-from shared_cache.collecting import Victim
-from shared_cache.inventory import Inventory
-from shared_cache.store import StoredRun
-from shared_cache.verifying import CheckedObject
-from shared_cache.whole_store import FoundNamespace
+from shared_cache.stores.store import StoredRun
+from shared_cache.upkeep.collecting import Victim
+from shared_cache.upkeep.inventory import Inventory
+from shared_cache.upkeep.verifying import CheckedObject
+from shared_cache.upkeep.whole_store import FoundNamespace
 
 SHORT_DIGITS = 12
 """Digits of a fingerprint that tables show; `--namespace` takes them."""

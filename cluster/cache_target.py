@@ -18,7 +18,7 @@ from cluster.config import expand_store_url, load_config
 from shared_cache.config import CacheConfig
 from shared_cache.errors import ConfigError
 from shared_cache.namespace import Namespace
-from shared_cache.whole_store import FoundNamespace, WholeStore
+from shared_cache.upkeep.whole_store import FoundNamespace, WholeStore
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,8 @@ from shared_cache.host.folder import is_locked, open_folder
 from shared_cache.host.interface import HostTier
 from shared_cache.host.node import open_node_tier
 from shared_cache.namespace import Namespace
-from shared_cache.store import BlockStore
-from shared_cache.warming import hottest_prefixes, warm_prefix
+from shared_cache.stores.store import BlockStore
+from shared_cache.upkeep.warming import hottest_prefixes, warm_prefix
 
 
 @dataclass(frozen=True, slots=True)

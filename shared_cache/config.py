@@ -81,7 +81,9 @@ class TierConfig(Settings):
 
     url: str = Field(description="fsspec URL (file://, s3://...)")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments for fsspec's file system"
+        default_factory=dict,
+        description="keyword arguments for fsspec's file system; s3://, gs:// and az:// are read "
+        "with obstore if it is installed, which is told the same (`client: fsspec`: never)",
     )
     timeout_s: float = Field(
         30.0,

@@ -12,7 +12,7 @@ from shared_cache.host.interface import HostTier
 from shared_cache.host.terms import StoreAdmission
 from shared_cache.namespace import Namespace
 from shared_cache.staging import SharedCache
-from shared_cache.store import BlockStore
+from shared_cache.stores.store import BlockStore
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def _open_tier(
     config: CacheConfig, index: int, tier: TierConfig, namespace: Namespace
 ) -> BlockStore:
     # Imported here so that a cache without tiers does not load fsspec.
-    from shared_cache.fs_store import open_store
-    from shared_cache.spares import spare_bytes_of
+    from shared_cache.media.spares import spare_bytes_of
+    from shared_cache.stores.fs_store import open_store
 
     name = "cache.store" if config.store is not None else f"cache.tiers[{index}].url"
     without = "set cache.store to null" if config.store is not None else "remove this tier"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier
-from shared_cache.store import BlockRun
+from shared_cache.stores.store import BlockRun
 
 MERGED_BLOCKS = 64
 """Queued runs that continue each other become one object of up to so many blocks."""

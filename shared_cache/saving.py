@@ -19,7 +19,7 @@ from shared_cache.errors import StoreFullError, StoreReadOnlyError, StoreUnavail
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier
 from shared_cache.save_jobs import Save, copied_last
-from shared_cache.store import BlockRun
+from shared_cache.stores.store import BlockRun
 from shared_cache.threads import Crew, join_all, start_daemon
 from shared_cache.tiers import CLOSE_TIMEOUT_S, Tier
 

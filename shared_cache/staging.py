@@ -29,7 +29,7 @@ from shared_cache.integrity import num_intact
 from shared_cache.pacing import BandwidthLimit, TurnBudget
 from shared_cache.pieces import BLOCKS_PER_PIECE, PieceReader
 from shared_cache.publishing import Publisher
-from shared_cache.store import BlockStore
+from shared_cache.stores.store import BlockStore
 from shared_cache.threads import join_all, start_daemon
 from shared_cache.tier_speeds import PieceRule
 from shared_cache.tiers import CLOSE_TIMEOUT_S, MIN_PATIENCE_S, TieredStore

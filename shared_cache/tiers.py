@@ -18,12 +18,12 @@ from shared_cache.errors import StoreFullError
 from shared_cache.faults import Clock, FaultLog, StoreGuard
 from shared_cache.hashing import BlockHash
 from shared_cache.meters import BusyMeter
-from shared_cache.store import BlockRun, BlockStore
+from shared_cache.stores.store import BlockRun, BlockStore
 from shared_cache.threads import IoThreads, join_all, start_daemon
 
 if TYPE_CHECKING:
     from shared_cache.host.interface import HostTier
-    from shared_cache.upkeep import Housekeeper
+    from shared_cache.upkeep.upkeep import Housekeeper
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ def _housekeeper(store: BlockStore, config: TierConfig) -> "Housekeeper | None":
     if config.max_bytes is None and config.max_age_s is None:
         return None
     # Imported here: it brings all that can list and delete in a store.
-    from shared_cache.upkeep import keep_house
+    from shared_cache.upkeep.upkeep import keep_house
 
     housekeeper = keep_house(store, config)
     if housekeeper is not None:

@@ -29,7 +29,7 @@ from benchmarks.rivals.environment import RivalError
 from benchmarks.rivals.lmcache import LmcacheRival
 from benchmarks.rivals.s3_server import running_s3_server
 from benchmarks.rivals.workload import PREFIX_BLOCKS
-from shared_cache.fs_store import open_store
+from shared_cache.stores.fs_store import open_store
 
 ARENA_SHARE = 2.5
 """The arena's size, in payloads: what was put is still there when it is got."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from benchmarks.cases.arena import ROOT_HASH
 from benchmarks.cases.rounds import Moves, Payload, new_names
-from shared_cache.fs_store import open_store
 from shared_cache.hashing import BlockHash
 from shared_cache.namespace import Namespace
-from shared_cache.store import BlockRun, BlockStore
+from shared_cache.stores.fs_store import open_store
+from shared_cache.stores.store import BlockRun, BlockStore
 
 OpenStore = Callable[[], BlockStore]
 

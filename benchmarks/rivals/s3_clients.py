@@ -15,10 +15,10 @@ import numpy as np
 import s3fs
 
 from benchmarks.rivals.s3_server import S3Server, running_s3_server
-from shared_cache.fs_store import FsBlockStore, open_store
 from shared_cache.hashing import BlockHashChain
 from shared_cache.namespace import BlockLayout, Namespace
-from shared_cache.store import BlockRun
+from shared_cache.stores.fs_store import FsBlockStore, open_store
+from shared_cache.stores.store import BlockRun
 
 TOKENS_PER_BLOCK = 32
 

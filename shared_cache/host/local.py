@@ -29,7 +29,7 @@ from shared_cache.host.interface import (
     MemoryHook,
     NewRun,
 )
-from shared_cache.host.terms import BlockRecord, Claim, Clock, Grant, IndexRules
+from shared_cache.host.terms import BlockRecord, Claim, Clock, Grant, IndexRules, checked_ttl_s
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class LocalHostTier(HostTier):
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """See `HostTier.pin`."""
         with self._changed:
-            return self._index.pin(self._namespace, hashes, ttl_s)
+            return self._index.pin(self._namespace, hashes, checked_ttl_s(ttl_s) or 0.0)
 
     def drop(self, hashes: Sequence[BlockHash]) -> int:
         """See `HostTier.drop`."""

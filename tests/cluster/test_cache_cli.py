@@ -20,11 +20,11 @@ from cluster.cli import main
 from cluster.units import parse_bytes, parse_duration_s, show_age
 from shared_cache.config import HostConfig
 from shared_cache.errors import ConfigError
-from shared_cache.fs_store import FsBlockStore, open_store
 from shared_cache.host.local import LocalHostTier
 from shared_cache.host.node import open_node_tier
 from shared_cache.namespace import FORMAT_VERSION
-from shared_cache.whole_store import WholeStore
+from shared_cache.stores.fs_store import FsBlockStore, open_store
+from shared_cache.upkeep.whole_store import WholeStore
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, payload_of, run_of
 
 OTHER = replace(NAMESPACE, model="other")

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from shared_cache import retries
+from shared_cache.media import retries
 
 
 class PlainFile:

@@ -12,7 +12,7 @@ from shared_cache.host.local import LocalHostTier
 from shared_cache.host.terms import IndexRules, StoreAdmission
 from shared_cache.namespace import BlockLayout, Namespace
 from shared_cache.staging import SharedCache
-from shared_cache.store import BlockRun, BlockStore, MemoryBlockStore
+from shared_cache.stores.store import BlockRun, BlockStore, MemoryBlockStore
 
 LAYOUT = BlockLayout(
     num_layers=1, kv_factor=1, num_kv_heads=1, tokens_per_block=4, head_dim=4, dtype="float32"

@@ -7,7 +7,7 @@ import pytest
 
 from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
-from shared_cache.store import BlockRun, BlockStore
+from shared_cache.stores.store import BlockRun, BlockStore
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, payload_of, run_of
 
 

@@ -9,8 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_cache import codec
-from shared_cache.compression import (
+from shared_cache.errors import (
+    BlockFormatError,
+    ConfigError,
+    CorruptBlockError,
+    ForeignBlockError,
+)
+from shared_cache.hashing import BlockHash
+from shared_cache.namespace import BlockLayout, Namespace
+from shared_cache.stores import codec
+from shared_cache.stores.compression import (
     PLAIN,
     SHUFFLE_ZSTD,
     CodecName,
@@ -18,16 +26,8 @@ from shared_cache.compression import (
     compress,
     decompress,
 )
-from shared_cache.errors import (
-    BlockFormatError,
-    ConfigError,
-    CorruptBlockError,
-    ForeignBlockError,
-)
-from shared_cache.framing import INDEX_COLUMNS
-from shared_cache.hashing import BlockHash
-from shared_cache.namespace import BlockLayout, Namespace
-from shared_cache.store import BlockRun
+from shared_cache.stores.framing import INDEX_COLUMNS
+from shared_cache.stores.store import BlockRun
 from tests.shared_cache.fakes import NAMESPACE, chain_of, run_of
 
 DATA_FOLDER = Path(__file__).parents[1] / "data"

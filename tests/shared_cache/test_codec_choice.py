@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from shared_cache import codec_choice
-from shared_cache.codec_choice import REMEASURE_S, CodecChoice
-from shared_cache.compression import PLAIN, SHUFFLE_ZSTD
-from shared_cache.fs_store import open_store
-from shared_cache.local_medium import LocalMedium
+from shared_cache.media.local_medium import LocalMedium
+from shared_cache.stores import codec_choice
+from shared_cache.stores.codec_choice import REMEASURE_S, CodecChoice
+from shared_cache.stores.compression import PLAIN, SHUFFLE_ZSTD
+from shared_cache.stores.fs_store import open_store
 from tests.shared_cache.fakes import NAMESPACE, FakeClock, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 

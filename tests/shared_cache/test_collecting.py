@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_cache.collecting import (
+from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, BlockHashChain
+from shared_cache.stores.store import StoredRun
+from shared_cache.upkeep.collecting import (
     CLOCK_SKEW_S,
     LOW_WATER,
     CollectionRules,
     Victim,
     choose_victims,
 )
-from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, BlockHashChain
-from shared_cache.inventory import take_inventory
-from shared_cache.store import StoredRun
+from shared_cache.upkeep.inventory import take_inventory
 
 NOW_S = 1_000_000.0
 DAY_S = 86400.0

@@ -1,8 +1,8 @@
 """What a process remembers of a store: hints that never outlive what they were read from."""
 
-from shared_cache.codec import RunHead
 from shared_cache.hashing import BlockHashChain
-from shared_cache.known_runs import RUN_COST_BLOCKS, KnownRuns
+from shared_cache.stores.codec import RunHead
+from shared_cache.stores.known_runs import RUN_COST_BLOCKS, KnownRuns
 from tests.shared_cache.fakes import chain_of
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shared_cache import local_medium, page_cache
-from shared_cache.local_medium import LocalMedium
+from shared_cache.media import local_medium, page_cache
+from shared_cache.media.local_medium import LocalMedium
 
 
 class TestReadingAroundThePageCache:

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_cache import medium
 from shared_cache.errors import StoreError
-from shared_cache.fs_store import StoreFaults, open_store
-from shared_cache.fsspec_media import ObjectMedium, RenamingMedium
-from shared_cache.local_medium import LocalMedium
-from shared_cache.medium import Medium, advance, batches
+from shared_cache.media import medium
+from shared_cache.media.fsspec_media import ObjectMedium, RenamingMedium
+from shared_cache.media.local_medium import LocalMedium
+from shared_cache.media.medium import Medium, advance, batches
+from shared_cache.stores.fs_store import StoreFaults, open_store
 from tests.shared_cache import fake_file_systems
 from tests.shared_cache.fake_file_systems import FaultyObjects, MountedFileSystem
 from tests.shared_cache.fakes import NAMESPACE, chain_of, run_of

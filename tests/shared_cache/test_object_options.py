@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from shared_cache.errors import ConfigError
-from shared_cache.fsspec_media import ObjectMedium
-from shared_cache.io_errors import RequestRefusedError, of_object_store
-from shared_cache.media import open_medium
-from shared_cache.object_medium import BucketMedium, open_bucket
-from shared_cache.object_options import parse
+from shared_cache.media.fsspec_media import ObjectMedium
+from shared_cache.media.io_errors import RequestRefusedError, of_object_store
+from shared_cache.media.object_medium import BucketMedium, open_bucket
+from shared_cache.media.object_options import parse
+from shared_cache.media.opening import open_medium
 
 TIMEOUT_S = 7.0
 
@@ -177,7 +177,7 @@ class TestWithoutObstore:
     @pytest.fixture(autouse=True)
     def _missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "obstore", None)
-        monkeypatch.delitem(sys.modules, "shared_cache.object_medium")
+        monkeypatch.delitem(sys.modules, "shared_cache.media.object_medium")
 
     def test_s3fs_is_used(self) -> None:
         medium, root = open_medium("s3://bucket/x", {"anon": True}, "v1")

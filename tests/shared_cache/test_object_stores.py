@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from moto.server import ThreadedMotoServer
 
-from shared_cache import medium, object_medium, retries
 from shared_cache.errors import (
     StoreError,
     StoreFullError,
     StoreReadOnlyError,
     StoreUnavailableError,
 )
-from shared_cache.fs_store import FsBlockStore, open_store
-from shared_cache.media import open_medium
-from shared_cache.medium import Medium
-from shared_cache.object_medium import BucketMedium
-from shared_cache.store import BlockStore
+from shared_cache.media import medium, object_medium, retries
+from shared_cache.media.medium import Medium
+from shared_cache.media.object_medium import BucketMedium
+from shared_cache.media.opening import open_medium
+from shared_cache.stores.fs_store import FsBlockStore, open_store
+from shared_cache.stores.store import BlockStore
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, WAIT_S, chain_of, payload_of, run_of
 from tests.shared_cache.scripted_s3 import (
     BUCKET,

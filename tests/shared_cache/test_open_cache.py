@@ -12,10 +12,10 @@ import pytest
 
 from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.errors import ConfigError, StoreUnavailableError
-from shared_cache.fs_store import FsBlockStore, open_store
 from shared_cache.namespace import Namespace
 from shared_cache.opening import open_cache
-from shared_cache.store import BlockStore
+from shared_cache.stores.fs_store import FsBlockStore, open_store
+from shared_cache.stores.store import BlockStore
 from tests.shared_cache.fakes import (
     NAMESPACE,
     WAIT_S,
@@ -34,9 +34,9 @@ def opened_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Bloc
     """Replaces the module that opens stores by one whose `open_store` is the given function."""
 
     def replace(open_store: Callable[..., BlockStore]) -> None:
-        module = ModuleType("shared_cache.fs_store")
+        module = ModuleType("shared_cache.stores.fs_store")
         module.open_store = open_store  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "shared_cache.fs_store", module)
+        monkeypatch.setitem(sys.modules, "shared_cache.stores.fs_store", module)
 
     return replace
 
@@ -113,7 +113,7 @@ def test_what_only_an_arena_has_is_refused_without_one(given: dict[str, object])
 def test_inner_blocks_of_what_others_stored_are_found_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared_cache.refreshing.FIRST_WITHIN_S", 0.0)
+    monkeypatch.setattr("shared_cache.stores.refreshing.FIRST_WITHIN_S", 0.0)
     is_done, url, chain = threading.Event(), f"file://{tmp_path}/s", chain_of(6)
     open_store(url, NAMESPACE).write(run_of(chain))
     refresh = FsBlockStore.refresh

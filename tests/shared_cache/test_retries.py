@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_cache.errors import StoreFullError
-from shared_cache.fsspec_media import ObjectMedium, RenamingMedium
-from shared_cache.io_errors import RequestRefusedError
-from shared_cache.medium import Medium
-from shared_cache.retries import Retries, RetryPolicy
+from shared_cache.media.fsspec_media import ObjectMedium, RenamingMedium
+from shared_cache.media.io_errors import RequestRefusedError
+from shared_cache.media.medium import Medium
+from shared_cache.media.retries import Retries, RetryPolicy
 from tests.shared_cache import fake_file_systems
 from tests.shared_cache.fake_file_systems import FaultyObjects, MountedFileSystem, PlainFile
 from tests.shared_cache.fakes import FakeClock

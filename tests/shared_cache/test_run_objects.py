@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from shared_cache import local_medium, page_cache, run_objects
-from shared_cache.fs_store import FsBlockStore, StoreFaults, open_store
-from shared_cache.local_medium import USE_NOTED_S, LocalMedium
-from shared_cache.medium import Reader
-from shared_cache.store import BlockRun
+from shared_cache.media import local_medium, page_cache
+from shared_cache.media.local_medium import USE_NOTED_S, LocalMedium
+from shared_cache.media.medium import Reader
+from shared_cache.stores import run_objects
+from shared_cache.stores.fs_store import FsBlockStore, StoreFaults, open_store
+from shared_cache.stores.store import BlockRun
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 

@@ -28,7 +28,7 @@ from shared_cache.saving import (
     SaveCounts,
     SaveQueue,
 )
-from shared_cache.store import BlockRun
+from shared_cache.stores.store import BlockRun
 from shared_cache.tiers import TieredStore
 from tests.shared_cache.fakes import (
     BLOCK_BYTES,

@@ -10,12 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_cache import local_medium, spares
 from shared_cache.errors import StoreFullError
-from shared_cache.fs_store import FsBlockStore, StoreFaults, open_store
-from shared_cache.local_medium import LocalMedium
-from shared_cache.spares import STALE_SPARE_S, SpareFiles, best_fit, file_system_of, spare_bytes_of
-from shared_cache.whole_store import WholeStore
+from shared_cache.media import local_medium, spares
+from shared_cache.media.local_medium import LocalMedium
+from shared_cache.media.spares import (
+    STALE_SPARE_S,
+    SpareFiles,
+    best_fit,
+    file_system_of,
+    spare_bytes_of,
+)
+from shared_cache.stores.fs_store import FsBlockStore, StoreFaults, open_store
+from shared_cache.upkeep.whole_store import WholeStore
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 

@@ -9,9 +9,9 @@ import pytest
 
 from shared_cache.errors import StoreUnavailableError
 from shared_cache.fetch_state import Ticket
-from shared_cache.fs_store import open_store
 from shared_cache.pieces import BLOCKS_PER_PIECE
 from shared_cache.staging import SharedCache, StagedPrefix
+from shared_cache.stores.fs_store import open_store
 from tests.shared_cache.fakes import (
     BLOCK_BYTES,
     NAMESPACE,

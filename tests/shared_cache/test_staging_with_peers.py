@@ -7,7 +7,7 @@ import pytest
 
 from shared_cache.hashing import DEFAULT_SCOPE, ReuseScope
 from shared_cache.host.interface import HostClaim, NewRun
-from shared_cache.store import BlockRun
+from shared_cache.stores.store import BlockRun
 from tests.shared_cache.fakes import (
     BLOCK_BYTES,
     WAIT_S,

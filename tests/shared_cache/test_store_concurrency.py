@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shared_cache.fs_store import FsBlockStore, StoreFaults, open_store
 from shared_cache.hashing import BlockHashChain
+from shared_cache.stores.fs_store import FsBlockStore, StoreFaults, open_store
 from tests.shared_cache.fakes import LAYOUT, NAMESPACE, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 

@@ -17,7 +17,7 @@ from shared_cache.errors import (
     StoreReadOnlyError,
     StoreUnavailableError,
 )
-from shared_cache.fs_store import FsBlockStore, open_store
+from shared_cache.stores.fs_store import FsBlockStore, open_store
 from tests.shared_cache import fake_file_systems
 from tests.shared_cache.fake_file_systems import FaultyObjects
 from tests.shared_cache.fakes import NAMESPACE, chain_of, run_of
@@ -298,7 +298,7 @@ class TestWrongSettings:
         monkeypatch.setitem(known_implementations, "s3", missing)
         monkeypatch.delitem(_registry, "s3", raising=False)
         monkeypatch.setitem(sys.modules, "obstore", None)
-        monkeypatch.delitem(sys.modules, "shared_cache.object_medium", raising=False)
+        monkeypatch.delitem(sys.modules, "shared_cache.media.object_medium", raising=False)
         with pytest.raises(ConfigError, match=r"pip install 'kvcommons\[s3\]'"):
             open_store("s3://bucket/folder", NAMESPACE)
 

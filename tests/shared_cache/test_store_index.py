@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from shared_cache import fs_store, refreshing
 from shared_cache.errors import StoreError, StoreFullError
-from shared_cache.fs_store import open_store
-from shared_cache.known_runs import KnownRuns
-from shared_cache.local_medium import LocalMedium
-from shared_cache.medium import Medium
-from shared_cache.refreshing import Refresher
+from shared_cache.media.local_medium import LocalMedium
+from shared_cache.media.medium import Medium
+from shared_cache.stores import fs_store, refreshing
+from shared_cache.stores.fs_store import open_store
+from shared_cache.stores.known_runs import KnownRuns
+from shared_cache.stores.refreshing import Refresher
 from tests.shared_cache import fake_file_systems
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, FakeClock, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all

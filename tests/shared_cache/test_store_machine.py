@@ -21,9 +21,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from shared_cache.fs_store import FsBlockStore, open_store
 from shared_cache.hashing import BlockHash, BlockHashChain
-from shared_cache.store import BlockRun
+from shared_cache.stores.fs_store import FsBlockStore, open_store
+from shared_cache.stores.store import BlockRun
 from tests.shared_cache.fakes import BLOCK_BYTES, LAYOUT, NAMESPACE, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 

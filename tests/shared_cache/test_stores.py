@@ -12,11 +12,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from shared_cache import fs_store
-from shared_cache.fs_store import StoreFaults, open_store
 from shared_cache.hashing import BlockHashChain
-from shared_cache.store import BlockStore, MemoryBlockStore
-from shared_cache.whole_store import WholeStore
+from shared_cache.stores import fs_store
+from shared_cache.stores.fs_store import StoreFaults, open_store
+from shared_cache.stores.store import BlockStore, MemoryBlockStore
+from shared_cache.upkeep.whole_store import WholeStore
 from tests.shared_cache import fake_file_systems
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
 from tests.shared_cache.store_contract import BlockStoreContract, payloads_of, read_all

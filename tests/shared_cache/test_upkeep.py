@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from shared_cache.collecting import CollectionRules
 from shared_cache.config import TierConfig
 from shared_cache.errors import StoreError
-from shared_cache.fs_store import FsBlockStore, StoreFaults, open_store
 from shared_cache.hashing import BlockHashChain
 from shared_cache.host.interface import HostLease, NewRun
 from shared_cache.host.local import LocalHostTier
 from shared_cache.host.turns import RECENT_S
 from shared_cache.namespace import FORMAT_VERSION
-from shared_cache.size_estimate import RELIST_ROUNDS
-from shared_cache.store import BlockRun, MemoryBlockStore
-from shared_cache.upkeep import Housekeeper, keep_house, plan_collection
-from shared_cache.upkeep_turn import Turn
-from shared_cache.verifying import CheckedObject
-from shared_cache.whole_store import WholeStore, folder_of
+from shared_cache.stores.fs_store import FsBlockStore, StoreFaults, open_store
+from shared_cache.stores.size_estimate import RELIST_ROUNDS
+from shared_cache.stores.store import BlockRun, MemoryBlockStore
+from shared_cache.upkeep.collecting import CollectionRules
+from shared_cache.upkeep.upkeep import Housekeeper, keep_house, plan_collection
+from shared_cache.upkeep.upkeep_turn import Turn
+from shared_cache.upkeep.verifying import CheckedObject
+from shared_cache.upkeep.whole_store import WholeStore, folder_of
 from tests.shared_cache.fakes import (
     BLOCK_BYTES,
     NAMESPACE,

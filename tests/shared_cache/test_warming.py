@@ -4,8 +4,8 @@ import pytest
 
 from shared_cache.hashing import BlockHash, BlockHashChain
 from shared_cache.host.local import LocalHostTier
-from shared_cache.store import MemoryBlockStore, StoredRun
-from shared_cache.warming import StoredPrefix, hottest_prefixes, warm_prefix
+from shared_cache.stores.store import MemoryBlockStore, StoredRun
+from shared_cache.upkeep.warming import StoredPrefix, hottest_prefixes, warm_prefix
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, payload_of, run_of
 
 PAGE_BYTES = 4096

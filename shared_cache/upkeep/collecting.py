@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared_cache.hashing import BlockHash
-from shared_cache.store import StoredRun
+from shared_cache.stores.store import StoredRun
 
 LOW_WATER = 0.9
 """A store over its budget is brought down to this part of it, so that not every save cleans up."""

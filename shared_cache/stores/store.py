@@ -15,7 +15,7 @@ from itertools import pairwise
 from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
 from shared_cache.namespace import Namespace
-from shared_cache.store_faults import StoreFaults
+from shared_cache.stores.store_faults import StoreFaults
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,16 @@ from itertools import takewhile
 from threading import Event, Lock
 from typing import Any
 
-from shared_cache import codec
 from shared_cache.checksum import checksum_of_pieces
-from shared_cache.codec import RunHead
-from shared_cache.compression import decompress
 from shared_cache.errors import BlockFormatError, CorruptBlockError
 from shared_cache.hashing import BlockHash
-from shared_cache.known_runs import Place
-from shared_cache.medium import Medium, Reader
+from shared_cache.media.medium import Medium, Reader
 from shared_cache.namespace import Namespace
 from shared_cache.parallel import run_all
+from shared_cache.stores import codec
+from shared_cache.stores.codec import RunHead
+from shared_cache.stores.compression import decompress
+from shared_cache.stores.known_runs import Place
 
 STEP_IN_MEMORY_BYTES = 2 << 20
 """Copied from the page cache before it is verified: few enough to be in the CPU's cache then."""

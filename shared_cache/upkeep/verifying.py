@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shared_cache.errors import BlockFormatError
-from shared_cache.known_runs import Place
-from shared_cache.medium import Medium
+from shared_cache.media.medium import Medium
 from shared_cache.namespace import Namespace
-from shared_cache.run_objects import is_object_name, read_blocks, read_head
+from shared_cache.stores.known_runs import Place
+from shared_cache.stores.run_objects import is_object_name, read_blocks, read_head
 
 READ_BYTES = 32 << 20
 READ_BLOCKS = 256

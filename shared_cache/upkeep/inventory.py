@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shared_cache.hashing import DEFAULT_SCOPE
-from shared_cache.store import StoredRun
+from shared_cache.stores.store import StoredRun
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
-from shared_cache.io_errors import may_pass
+from shared_cache.media.io_errors import may_pass
 
 T = TypeVar("T")
 

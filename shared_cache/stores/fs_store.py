@@ -19,9 +19,6 @@ from functools import partial
 from itertools import compress
 from typing import Any
 
-from shared_cache.codec import RunHead, encode
-from shared_cache.codec_choice import CodecChoice
-from shared_cache.compression import PLAIN, CodecSetting, check_codec
 from shared_cache.errors import (
     CorruptBlockError,
     ForeignBlockError,
@@ -30,18 +27,21 @@ from shared_cache.errors import (
     StoreReadOnlyError,
 )
 from shared_cache.hashing import BlockHash
-from shared_cache.io_errors import reading, writing
-from shared_cache.known_runs import KnownRuns, Place
-from shared_cache.media import open_medium
-from shared_cache.medium import ListedObject, Medium
+from shared_cache.media.io_errors import reading, writing
+from shared_cache.media.medium import ListedObject, Medium
+from shared_cache.media.opening import open_medium
+from shared_cache.media.retries import DEFAULT_TIMEOUT_S
 from shared_cache.namespace import FORMAT_VERSION, Namespace
 from shared_cache.parallel import run_all
-from shared_cache.refreshing import Refresher
-from shared_cache.retries import DEFAULT_TIMEOUT_S
-from shared_cache.run_objects import is_object_name, object_name, read_blocks, read_head
-from shared_cache.store import BlockRun, BlockStore, StoredRun
-from shared_cache.store_access import check_readable, try_to_write
-from shared_cache.store_faults import FaultCounts, StoreFaults
+from shared_cache.stores.codec import RunHead, encode
+from shared_cache.stores.codec_choice import CodecChoice
+from shared_cache.stores.compression import PLAIN, CodecSetting, check_codec
+from shared_cache.stores.known_runs import KnownRuns, Place
+from shared_cache.stores.refreshing import Refresher
+from shared_cache.stores.run_objects import is_object_name, object_name, read_blocks, read_head
+from shared_cache.stores.store import BlockRun, BlockStore, StoredRun
+from shared_cache.stores.store_access import check_readable, try_to_write
+from shared_cache.stores.store_faults import FaultCounts, StoreFaults
 
 logger = logging.getLogger(__name__)
 

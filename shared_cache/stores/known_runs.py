@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared_cache.codec import RunHead
 from shared_cache.hashing import BlockHash, common_prefix_len
+from shared_cache.stores.codec import RunHead
 
 MAX_BLOCKS = 500_000
 """Oldest runs beyond so many blocks are forgotten: about 100 MB, in a process that lives months."""

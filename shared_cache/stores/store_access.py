@@ -1,7 +1,7 @@
 """What may be done with a store is tried when it is opened, not when the first block is saved."""
 
 from shared_cache.errors import ConfigError, StoreReadOnlyError
-from shared_cache.medium import Medium
+from shared_cache.media.medium import Medium
 from shared_cache.namespace import Namespace
 
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
-from shared_cache.medium import (
+from shared_cache.media.medium import (
     STALE_TEMPORARY_S,
     ListedObject,
     Medium,
@@ -25,7 +25,7 @@ from shared_cache.medium import (
     is_temporary,
     temporary_name,
 )
-from shared_cache.retries import Retries
+from shared_cache.media.retries import Retries
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,12 @@ import pyarrow as pa
 import xxhash
 
 from shared_cache.checksum import block_checksum
-from shared_cache.compression import CODEC_NAMES, PLAIN, CodecName, compress
 from shared_cache.errors import CorruptBlockError, ForeignBlockError
-from shared_cache.framing import (
+from shared_cache.hashing import HASH_BYTES, BlockHash
+from shared_cache.namespace import DTYPE_BYTES, FORMAT_VERSION, Namespace
+from shared_cache.parallel import run_all
+from shared_cache.stores.compression import CODEC_NAMES, PLAIN, CodecName, compress
+from shared_cache.stores.framing import (
     INDEX_COLUMNS,
     NUMBER_DIGITS,
     NUMBER_KEYS,
@@ -39,10 +42,7 @@ from shared_cache.framing import (
     namespace_text,
     plain_framing,
 )
-from shared_cache.hashing import HASH_BYTES, BlockHash
-from shared_cache.namespace import DTYPE_BYTES, FORMAT_VERSION, Namespace
-from shared_cache.parallel import run_all
-from shared_cache.store import BlockRun
+from shared_cache.stores.store import BlockRun
 
 FIRST_READ_BYTES = 16 * 1024
 """Holds the whole head of a run of up to about 150 blocks."""

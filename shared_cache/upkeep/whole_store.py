@@ -12,16 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shared_cache.fs_store import FsBlockStore
 from shared_cache.hashing import BlockHash
-from shared_cache.io_errors import reading, writing
-from shared_cache.local_medium import LocalMedium
-from shared_cache.media import open_medium
-from shared_cache.medium import Medium
+from shared_cache.media.io_errors import reading, writing
+from shared_cache.media.local_medium import LocalMedium
+from shared_cache.media.medium import Medium
+from shared_cache.media.opening import open_medium
 from shared_cache.namespace import FORMAT_VERSION, Namespace
-from shared_cache.run_objects import is_object_name
-from shared_cache.store import StoredRun
-from shared_cache.verifying import CheckedObject, verify_objects
+from shared_cache.stores.fs_store import FsBlockStore
+from shared_cache.stores.run_objects import is_object_name
+from shared_cache.stores.store import StoredRun
+from shared_cache.upkeep.verifying import CheckedObject, verify_objects
 
 _NO_HASH = BlockHash(b"")
 

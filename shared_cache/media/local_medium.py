@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 
-from shared_cache import page_cache
-from shared_cache.medium import (
+from shared_cache.media import page_cache
+from shared_cache.media.medium import (
     STALE_TEMPORARY_S,
     ListedObject,
     Medium,
@@ -24,7 +24,7 @@ from shared_cache.medium import (
     is_temporary,
     temporary_name,
 )
-from shared_cache.spares import SPARE_FOLDER, STALE_SPARE_S, SpareFiles, file_system_of
+from shared_cache.media.spares import SPARE_FOLDER, STALE_SPARE_S, SpareFiles, file_system_of
 
 logger = logging.getLogger(__name__)
 

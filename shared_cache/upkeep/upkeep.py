@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from shared_cache.collecting import CollectionRules, Victim, choose_victims
 from shared_cache.config import TierConfig
 from shared_cache.faults import Clock, FaultLog
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostTier
-from shared_cache.size_estimate import SizeEstimate
-from shared_cache.store import BlockStore
-from shared_cache.upkeep_turn import Turn, lock_path
-from shared_cache.whole_store import Deletable, FoundNamespace, WholeStore, folder_of
+from shared_cache.stores.size_estimate import SizeEstimate
+from shared_cache.stores.store import BlockStore
+from shared_cache.upkeep.collecting import CollectionRules, Victim, choose_victims
+from shared_cache.upkeep.upkeep_turn import Turn, lock_path
+from shared_cache.upkeep.whole_store import Deletable, FoundNamespace, WholeStore, folder_of
 
 logger = logging.getLogger(__name__)
 

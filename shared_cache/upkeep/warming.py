@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostClaim, HostTier, NewRun
-from shared_cache.store import BlockStore, StoredRun
+from shared_cache.stores.store import BlockStore, StoredRun
 
 GROUP_BLOCKS = 32
 """Blocks that are read and published together."""

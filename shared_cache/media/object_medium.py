@@ -22,10 +22,10 @@ from obstore.exceptions import BaseError, UnknownConfigurationKeyError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from shared_cache.errors import ConfigError
-from shared_cache.io_errors import of_object_store
-from shared_cache.medium import ListedObject, Medium, Reader, advance, batches
-from shared_cache.object_options import ObjectStoreSpec
-from shared_cache.retries import Retries
+from shared_cache.media.io_errors import of_object_store
+from shared_cache.media.medium import ListedObject, Medium, Reader, advance, batches
+from shared_cache.media.object_options import ObjectStoreSpec
+from shared_cache.media.retries import Retries
 
 PIECE_BYTES = 512 << 10
 """Least bytes that are handed on at once while an answer arrives; its last piece may be less."""

@@ -16,12 +16,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from shared_cache.errors import ConfigError
-from shared_cache.fsspec_media import ObjectMedium, RenamingMedium
-from shared_cache.io_errors import reading
-from shared_cache.local_medium import LocalMedium
-from shared_cache.medium import Medium
-from shared_cache.object_options import SERVICES, parse
-from shared_cache.retries import DEFAULT_TIMEOUT_S, Retries
+from shared_cache.media.fsspec_media import ObjectMedium, RenamingMedium
+from shared_cache.media.io_errors import reading
+from shared_cache.media.local_medium import LocalMedium
+from shared_cache.media.medium import Medium
+from shared_cache.media.object_options import SERVICES, parse
+from shared_cache.media.retries import DEFAULT_TIMEOUT_S, Retries
 
 OBJECT_STORES = frozenset(
     {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "tos", "memory"}
@@ -86,7 +86,7 @@ def _bucket(
 ) -> tuple[Medium, str] | None:
     """The medium for a bucket through obstore; None where that is not installed."""
     try:
-        from shared_cache.object_medium import BucketMedium, open_bucket
+        from shared_cache.media.object_medium import BucketMedium, open_bucket
     except ModuleNotFoundError as error:
         if error.name != "obstore":
             raise

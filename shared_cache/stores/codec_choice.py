@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-from shared_cache.compression import (
+from shared_cache.stores.compression import (
     PLAIN,
     SHUFFLE_ZSTD,
     CodecName,

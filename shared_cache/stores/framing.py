@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shared_cache.compression import PLAIN, CodecName
 from shared_cache.hashing import HASH_BYTES
 from shared_cache.namespace import FORMAT_VERSION, Namespace
+from shared_cache.stores.compression import PLAIN, CodecName
 
 PAYLOAD_ALIGNMENT_BYTES = 4096
 INDEX_COLUMNS = {"hash": HASH_BYTES, "parent": HASH_BYTES, "xxh3_64": 8, "stored_bytes": 8}

@@ -1,0 +1,1 @@
+"""Where objects lie: local disks, object stores, and whatever else fsspec knows."""

@@ -1,0 +1,1 @@
+"""The stored form of blocks: objects that hold runs of blocks, found without an index server."""
