@@ -100,6 +100,7 @@ class Publisher:
         self._changed = threading.Condition()
         self._jobs: deque[_Written | _Duty] = deque()
         self._num_jobs = 0
+        self._num_being_copied = 0
         self._num_unpublished = 0
         self._num_owed = 0
         self._num_dropped = 0
@@ -119,9 +120,23 @@ class Publisher:
                 saved.saved, saved.dropped + self._num_dropped, saved.pending + pending
             )
 
-    def publish(self, slots: Sequence[int], run: NewRun, first: int) -> None:
-        """Take over written slots; returns at once: *in the step*."""
+    def expect(self, num_blocks: int) -> None:
+        """So many blocks are being copied now, and will be published or given back."""
         with self._changed:
+            self._num_being_copied += num_blocks
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Slots that were expected hold nothing, and nobody writes to them any more."""
+        with self._changed:
+            self._num_being_copied -= len(slots)
+            self._changed.notify_all()
+        self._host.cancel(slots)
+
+    def publish(self, slots: Sequence[int], run: NewRun, first: int) -> None:
+        """Take over expected slots, written now; returns at once: *in the step*."""
+        with self._changed:
+            self._num_being_copied -= len(slots)
+            self._changed.notify_all()
             if not self._is_closed:
                 self._add(_Written(tuple(slots), run, first))
                 self._num_unpublished += len(slots)
@@ -154,9 +169,14 @@ class Publisher:
             self.owe(lease, run, first)
 
     def await_published(self, timeout_s: float) -> bool:
-        """Wait until all is in the host tier and handed to the queues; False when time ran out."""
+        """Wait until all is in the host tier and handed to the queues; False when time ran out.
+
+        Blocks that are still being copied off the device are waited for too.
+        """
         with self._changed:
-            return self._changed.wait_for(lambda: not self._num_jobs, timeout_s)
+            return self._changed.wait_for(
+                lambda: not self._num_jobs and not self._num_being_copied, timeout_s
+            )
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all is published and in the shared tier, or dropped; False: out of time."""

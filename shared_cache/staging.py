@@ -172,12 +172,18 @@ class SharedCache:
     def reserve(self, num_blocks: int) -> tuple[int, ...]:
         """Host slots to write up to `num_blocks` blocks into for `save`; never waits.
 
-        Blocks for which there is no slot are counted as dropped. Give unused slots back with
-        `host.cancel`.
+        Blocks for which there is no slot are counted as dropped. `flush` waits for each slot until
+        it is given to `save` or `give_back`.
         """
         slots = self.host.reserve(num_blocks)
+        self._publisher.expect(len(slots))
         self.lose(num_blocks - len(slots))
         return slots
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Slots of `reserve` that nothing is written to any more; their blocks are dropped."""
+        self._publisher.give_back(slots)
+        self.lose(len(slots))
 
     def lose(self, num_blocks: int) -> None:
         """Count blocks that could not be saved: the engine needs their place before their turn."""

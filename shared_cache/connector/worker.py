@@ -152,8 +152,7 @@ class SharedCacheWorker:
         """Nothing is written to these slots any more; their blocks count as dropped."""
         slots = [slot for _, slots in reserved for slot in slots]
         reserved.clear()
-        self._cache.host.cancel(slots)
-        self._cache.lose(len(slots))
+        self._cache.give_back(slots)
 
     def _publish_run(
         self, run: SaveRun, slots: tuple[int, ...], checksums: tuple[int, ...]
@@ -163,5 +162,5 @@ class SharedCacheWorker:
             new = NewRun(run.parent, hashes, run.tenant, checksums=checksums)
             self._cache.save(slots, new, run.first)
         except BaseException:
-            self._cache.host.cancel(slots)  # what was not taken over is still ours
+            self._cache.give_back(slots)  # what was not taken over is still ours
             raise

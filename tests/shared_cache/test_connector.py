@@ -191,7 +191,7 @@ def test_a_leased_block_is_loaded_though_everything_else_was_evicted() -> None:
     for slot in slots:
         cache.host.buffer(slot)[:] = b"\xaa" * BLOCK_BYTES
     engine.turn(new=(promised,))
-    cache.host.cancel(slots)
+    cache.give_back(slots)
     engine.finish(promised)
     cache.close()
 
