@@ -114,8 +114,10 @@ def save(
 ) -> None:
     """Put consecutive blocks as the connector does: reserve, copy and checksum, publish."""
     host, done = cache.host, 0
+    # The cache counts what it will be given: a flush waits for that.
+    reserve = cache.reserve if publish is commit_in_background else host.reserve
     while done < len(names):
-        slots = host.reserve(len(names) - done)
+        slots = reserve(len(names) - done)
         if not slots:  # they are reserved ahead by a thread
             time.sleep(WAIT_S)
             continue
