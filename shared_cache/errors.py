@@ -14,6 +14,7 @@ a recompute. They reach a person at start-up, from a command, or as the answer t
     │   ├── StoreUnavailableError    unreachable, timed out
     │   ├── StoreReadOnlyError       may be read, cannot be written
     │   └── StoreFullError           no room left
+    ├── HostMemoryGoneError      leased host memory that this process cannot map any more
     └── BlockFormatError         stored bytes are not what they should be; treated as a miss
         ├── ForeignBlockError        another format version or namespace
         └── CorruptBlockError        cut short, or the checksum does not match
@@ -62,6 +63,10 @@ class StoreReadOnlyError(StoreError):
 
 class StoreFullError(StoreError):
     """The store has no room left."""
+
+
+class HostMemoryGoneError(KvcommonsError):
+    """Blocks were leased in host memory that this process cannot reach: the arena was replaced."""
 
 
 class BlockFormatError(KvcommonsError):

@@ -52,23 +52,24 @@ class Fetcher:
         return self._num_from_peers
 
     @contextmanager
-    def fetched(self, wish: Wish) -> Iterator[Fetched]:
+    def fetched(self, wish: Wish, begun: Sequence[Ticket]) -> Iterator[Fetched]:
         """Bring the blocks of `wish`; those that came are leased in the block.
 
-        Waits until its deadline at most. When a tier hangs while another one may have the blocks,
-        that one is asked.
+        `begun` are its tickets of `join`, and stay the caller's. Waits until its deadline at most.
+        When a tier hangs while another one may have the blocks, that one is asked.
         """
-        got = Fetched()
+        got = Fetched(list(begun))
+        tickets = begun
         try:
             while not self._is_closed:
-                tickets = self.join(wish)
-                got.tickets += tickets
                 got.is_decided = self.wait(tickets, wish.deadline_s)
                 if not any(ticket.fetch.is_abandoned for ticket in tickets):
                     break
+                tickets = self.join(wish)
+                got.tickets += tickets
             yield got
         finally:
-            self.leave(got.tickets)
+            self.leave(got.tickets[len(begun) :])
 
     def join(self, wish: Wish) -> list[Ticket]:
         """Have the blocks of `wish` fetched, those that are not on their way yet.

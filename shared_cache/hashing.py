@@ -106,6 +106,17 @@ def block_hashes(
     return BlockHashChain(tokens_per_block, scope, tokens).hashes
 
 
+def next_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
+    """The hash of the one full block `tokens` that follows `parent` (a scope's root, or a block).
+
+    Token ids must be in [0, 2**32); others raise `OverflowError`.
+    """
+    data = array("I", tokens)
+    if sys.byteorder == "big":
+        data.byteswap()
+    return BlockHash(hashlib.sha256(parent + data.tobytes()).digest())
+
+
 def common_prefix_len(left: Sequence[BlockHash], right: Sequence[BlockHash]) -> int:
     """How many leading hashes are equal."""
     for index, (one, other) in enumerate(zip(left, right, strict=False)):

@@ -26,7 +26,7 @@ class TurnBudget:
 
         is_decoding = any request seen before computes behind its prompt's end
         max_blocks = budget.begin_turn(is_decoding)
-        saves = ledger.take_saves(new_requests, cached_requests, max_blocks)
+        saves = what `RequestLedger.take_save` gives for each request, max_blocks in all
         budget.spend(number of blocks in saves)
 
     Blocks beyond `max_blocks` wait in the ledger for a later turn of their request.

@@ -12,23 +12,24 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from shared_cache.cache_stats import CacheStats
 from shared_cache.config import CacheConfig
 from shared_cache.cost import CostGate
-from shared_cache.errors import CorruptBlockError
 from shared_cache.faults import Clock, FaultLog
-from shared_cache.fetch_state import Wish
+from shared_cache.fetch_state import Ticket, Wish
 from shared_cache.fetching import Fetcher
 from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
-from shared_cache.host.interface import HostLease, HostTier, NewRun
-from shared_cache.integrity import num_intact
+from shared_cache.host.interface import HostTier, NewRun, Place
 from shared_cache.pacing import BandwidthLimit, TurnBudget
 from shared_cache.pieces import BLOCKS_PER_PIECE, PieceReader
 from shared_cache.publishing import Publisher
+from shared_cache.staged import StagedPrefix as StagedPrefix
+from shared_cache.staged_checks import verified
 from shared_cache.stores.store import BlockStore
 from shared_cache.threads import join_all, start_daemon
 from shared_cache.tier_speeds import PieceRule
@@ -38,30 +39,6 @@ logger = logging.getLogger(__name__)
 
 PEER_PATIENCE = 0.5
 """Part of the staging deadline that a block is waited for which another process is reading."""
-
-
-@dataclass(frozen=True, slots=True)
-class StagedPrefix:
-    """Consecutive blocks of a request, from block `first` on, verified in host memory and leased.
-
-    `fetched` holds the indices, counted from block 0, of the blocks that this request waited for
-    from the tiers; the others were in host memory already.
-    """
-
-    lease: HostLease
-    fetched: frozenset[int] = frozenset()
-    first: int = 0
-    scope: ReuseScope = DEFAULT_SCOPE
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks are staged."""
-        return len(self.lease.slots)
-
-    @property
-    def end(self) -> int:
-        """The index behind the last staged block."""
-        return self.first + self.num_blocks
 
 
 class SharedCache:
@@ -112,6 +89,11 @@ class SharedCache:
         self._fetcher = Fetcher(host, self._tiers, reader, config.io_threads, self.gate)
         atexit.register(self.close)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that host memory could hold; asks nobody."""
+        return self.host.num_slots
+
     def stage(
         self,
         hashes: Sequence[BlockHash],
@@ -139,6 +121,16 @@ class SharedCache:
             self._peer_blocks += lease.num_from_peers
         return staged
 
+    def lease_held(
+        self, hashes: Sequence[BlockHash], first: int = 0, scope: ReuseScope = DEFAULT_SCOPE
+    ) -> StagedPrefix:
+        """Lease once more what this process has leased now, from `first` on; *in the step*."""
+        return StagedPrefix(self.host.lease_held(hashes[first:]), first=first, scope=scope)
+
+    def places(self, staged: StagedPrefix) -> tuple[Place, ...]:
+        """Where the staged blocks lie: one place, as there is one shard; *in the step*."""
+        return (self.host.place(staged.lease.slots),)
+
     def can_fetch(self, hashes: Sequence[BlockHash], start: int) -> bool:
         """Whether blocks from `start` on could come from a tier now; without asking any."""
         return start < len(hashes) and self._tiers.nearest() is not None
@@ -152,13 +144,29 @@ class SharedCache:
         arrived by then keeps coming in the background for a later request. Concurrent calls fetch
         a block once. Never raises for a fault of a store. Release the result with `release`.
         """
-        if not self.can_fetch(hashes, staged.end):
-            return staged
         wait_s = self.deadline_s if deadline_s is None else deadline_s
-        grown = self._fetch(staged, hashes, time.monotonic() + wait_s)
-        with self._lock:
-            self._staged_blocks += max(0, grown.num_blocks - staged.num_blocks)
-        return grown
+        with self.growing(staged, hashes, time.monotonic() + wait_s) as grown:
+            return grown()
+
+    @contextmanager
+    def growing(
+        self, staged: StagedPrefix, hashes: Sequence[BlockHash], until_s: float
+    ) -> Iterator[Callable[[], StagedPrefix]]:
+        """`grow` in two steps, for who grows several caches at once.
+
+        From here on the blocks are on their way; calling what this gives waits for them and takes
+        over `staged`. Call it once, and in the block.
+        """
+        if not self.can_fetch(hashes, staged.end):
+            yield lambda: staged
+            return
+        num_tokens = len(hashes) * self._tokens_per_block + 1
+        wish = Wish(hashes, staged.end, staged.scope, until_s, num_tokens)
+        tickets = self._fetcher.join(wish)
+        try:
+            yield partial(self._grown, staged, wish, tickets)
+        finally:
+            self._fetcher.leave(tickets)
 
     def miss_deadline(self) -> None:
         """Count a request whose time ran out, perhaps before it was its turn to `grow`."""
@@ -264,16 +272,13 @@ class SharedCache:
         finally:
             self._tiers.close_stores(deadline_s)
 
-    def _fetch(
-        self, held: StagedPrefix, hashes: Sequence[BlockHash], deadline_s: float
-    ) -> StagedPrefix:
-        """Fetch what `held` lacks; one lease over all that is there in the end, and what came.
+    def _grown(self, held: StagedPrefix, wish: Wish, tickets: Sequence[Ticket]) -> StagedPrefix:
+        """What `held` has and what came; one lease over all that is there in the end.
 
         The new lease is taken before the old ones end, so nothing is evicted in between.
         """
-        num_tokens = len(hashes) * self._tokens_per_block + 1
-        wish = Wish(hashes, held.end, held.scope, deadline_s, num_tokens)
-        with self._fetcher.fetched(wish) as got:
+        hashes = wish.chain
+        with self._fetcher.fetched(wish, tickets) as got:
             lease = self.host.lease_held(hashes[held.first :])
             delivered = got.delivered
         self.host.release(held.lease)
@@ -281,6 +286,8 @@ class SharedCache:
             self.miss_deadline()
         grown = self._verified(replace(held, lease=lease), hashes, held.end)
         fetched = frozenset(i for i in range(held.end, grown.end) if hashes[i] in delivered)
+        with self._lock:
+            self._staged_blocks += max(0, grown.num_blocks - held.num_blocks)
         return replace(grown, fetched=fetched)
 
     def _verified(
@@ -289,20 +296,7 @@ class SharedCache:
         """`staged` up to the first block from `start` on that is damaged, where that is checked."""
         if not self._verifies:
             return staged
-        slots = staged.lease.slots[start - staged.first :]
-        buffers, checksums = map(self.host.buffer, slots), map(self.host.checksum, slots)
-        index = start + num_intact(hashes[start : staged.end], list(buffers), list(checksums))
-        if index == staged.end:
-            return staged
-        damage = CorruptBlockError(f"block {hashes[index].hex()} is damaged")
-        self._faults.record("the host tier", damage)
-        owed = [hashes[staged.first + place] for place in staged.lease.to_store]
-        if owed:
-            self.host.stored(owed, is_stored=False)  # before the lease ends, and its blocks go
-        good = self.host.lease_held(hashes[staged.first : index])
-        self.host.release(staged.lease)
-        self.host.drop([hashes[index]])
-        return replace(staged, lease=good)
+        return verified(staged, hashes, start, self.host, self._faults)
 
 
 def _parent(hashes: Sequence[BlockHash], first: int, scope: ReuseScope) -> BlockHash:

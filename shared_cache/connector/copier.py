@@ -8,16 +8,18 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from shared_cache.checksum import block_checksum
+from shared_cache.connector.pinned import PinnedMemory
 from shared_cache.hashing import BlockHash
 from shared_cache.parallel import run_all
 
@@ -25,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 BYTES_PER_PART = 8 << 20
 """Copied by one thread at a time: enough to be worth it, few enough to spread a turn's blocks."""
-
-_FOR_ALL_DEVICES = 1
-"""cudaHostRegisterPortable: threads that register may have another current device."""
 
 BlockCopy = tuple[memoryview, int]
 """One host slot's bytes and the device block that belongs to it."""
@@ -59,11 +58,15 @@ class BlockCopier(Protocol):
         written to the host; nothing is raised.
         """
 
-    def prepare(self, memory: memoryview) -> None:
-        """Make copies from and to this host memory fast; not called in the step."""
+    @property
+    def prepare(self) -> Callable[[memoryview], None]:
+        """Makes copies from and to host memory fast; not called in the step.
+
+        It may outlive the copier, and keeps neither that nor the pool alive.
+        """
 
     def close(self) -> None:
-        """Wait until every save's `on_done` has returned, then let go of the pool."""
+        """Wait until every save's `on_done` has returned; give back what was prepared."""
 
 
 def make_copier(pool: torch.Tensor) -> BlockCopier:
@@ -100,8 +103,10 @@ class CpuCopier:
             return
         on_done(time.perf_counter() - start_s, [one for part in checksums for one in part])
 
-    def prepare(self, memory: memoryview) -> None:
+    @property
+    def prepare(self) -> Callable[[memoryview], None]:
         """See `BlockCopier.prepare`: memory is memory to a CPU."""
+        return _leave_as_it_is
 
     def close(self) -> None:
         """See `BlockCopier.close`."""
@@ -119,6 +124,10 @@ class CpuCopier:
         return checksums
 
 
+def _leave_as_it_is(memory: memoryview) -> None:
+    """Nothing to prepare."""
+
+
 def _parts(copies: Sequence[Copy], block_bytes: int) -> list[Sequence[Copy]]:
     step = max(1, BYTES_PER_PART // block_bytes)
     return [copies[start : start + step] for start in range(0, len(copies), step)]
@@ -133,7 +142,8 @@ class CudaCopier:
     Loads wait for the work before them on the engine's stream (their blocks may still be read by
     the previous pass), and the engine's next work waits for them. Saves wait for the forward pass;
     the next turn waits for the saves, because it may overwrite blocks that are being saved. A
-    thread waits for the saves' events, so that the engine's loop does not.
+    thread waits for the saves' events, so that the engine's loop does not. It holds no copier:
+    TensorRT-LLM tells nobody that an engine has ended, and a copier that is collected then ends it.
     """
 
     def __init__(self, pool: torch.Tensor) -> None:
@@ -141,12 +151,17 @@ class CudaCopier:
         self._load_stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._save_stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._last_save: torch.cuda.Event | None = None
-        # With the memory itself: were it unmapped, the driver would take whatever comes to lie at
-        # that address for it, and copy old bytes.
-        self._registered: list[tuple[int, memoryview]] = []
-        self._saves: queue.SimpleQueue[_RunningSave | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._finish, name="kvcommons-copied", daemon=True)
+        self._pinned = PinnedMemory(pool.device)
+        self._saves: _Saves = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=_finish_all,
+            args=(self._saves, self._pinned),
+            name="kvcommons-copied",
+            daemon=True,
+        )
         self._thread.start()
+        self._end = weakref.finalize(self, self._saves.put, None)
+        self._end.atexit = False
 
     def load(self, copies: Sequence[BlockCopy], stream: Any) -> None:
         """See `BlockCopier.load`; also makes `stream` wait for the last turn's saves."""
@@ -188,32 +203,15 @@ class CudaCopier:
             end.record(self._save_stream)
         return start, end
 
-    def prepare(self, memory: memoryview) -> None:
-        """See `BlockCopier.prepare`: pins it, so that the device copies by itself.
-
-        Raises `RuntimeError` when the driver refuses.
-        """
-        address = np.frombuffer(memory, np.uint8).ctypes.data
-        error = _cuda_runtime().cudaHostRegister(address, memory.nbytes, _FOR_ALL_DEVICES)
-        if int(error) != 0:
-            raise RuntimeError(
-                f"the driver does not pin {memory.nbytes} bytes of the host tier (CUDA error "
-                f"{int(error)}): loads and saves are slower; raise the limit of locked memory"
-            )
-        self._registered.append((address, memory))
+    @property
+    def prepare(self) -> Callable[[memoryview], None]:
+        """See `BlockCopier.prepare`: pins memory, so that the device copies by itself."""
+        return self._pinned.pin
 
     def close(self) -> None:
         """See `BlockCopier.close`."""
-        self._saves.put(None)
+        self._end()
         self._thread.join()
-        torch.cuda.synchronize(self._pool.device)
-        while self._registered:
-            address, _ = self._registered.pop()
-            _cuda_runtime().cudaHostUnregister(address)
-
-    def _finish(self) -> None:
-        while (save := self._saves.get()) is not None:
-            save.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,5 +233,23 @@ class _RunningSave:
         self.on_done(seconds, [block_checksum(name, buffer) for buffer, _, name in self.copies])
 
 
-def _cuda_runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+_Saves: TypeAlias = "queue.SimpleQueue[_RunningSave | None]"
+
+
+def _finish_all(saves: _Saves, pinned: PinnedMemory) -> None:
+    """Finish saves until there comes None; then nothing is copied any more."""
+    torch.cuda.set_device(pinned.device)
+    try:
+        while _finish_next(saves):
+            pass
+    finally:
+        pinned.release()
+
+
+def _finish_next(saves: _Saves) -> bool:
+    """A call of its own: while the next one is waited for, no save may keep its worker alive."""
+    save = saves.get()
+    if save is None:
+        return False
+    save.finish()
+    return True

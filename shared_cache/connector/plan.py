@@ -3,22 +3,30 @@
 Events of the engine go in (matched, one turn, finished), a `TransferPlan` comes out. It touches no
 bytes and no engine, so every order of events can be tested. What it prevents, each seen in a
 respected connector: saving blocks of a chunked prompt before they are computed; promising the
-whole prompt, which leaves the engine no token to compute; keeping state of aborted requests.
+whole prompt, which leaves the engine no token to compute; keeping state of aborted requests; saving
+what was computed behind blocks that an aborted request left uncomputed on the device.
 """
 
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from shared_cache.connector.transfers import SaveRun
+from shared_cache.connector.doubts import DoubtfulBlocks, reaches_into
+from shared_cache.connector.requests import (
+    Ground,
+    PlannedLoad,
+    Prompt,
+    ReportedRequest,
+    TrackedRequest,
+)
+from shared_cache.connector.save_runs import RUN_ROOM, SaveRun
 from shared_cache.hashing import BlockHashChain
-from shared_cache.host.interface import HostLease
+from shared_cache.staged import StagedPrefix
 
 TURNS_UNTIL_COPIED = 2
 """A load's lease ends this many turns later. An engine has at most one forward pass in flight
-besides the one it prepares, so by then the pass that waited for the copy has been sampled."""
+besides the one it prepares, so by then the pass that waited for the copy has been sampled; on every
+rank, as no rank begins a turn before all have ended the one before (`get_finished` is gathered)."""
 
 EXPIRE_TURNS = 64
 EXPIRE_S = 60.0
@@ -26,45 +34,11 @@ EXPIRE_S = 60.0
 do not say `request_finished` for every aborted request."""
 
 
-class ReportedRequest(Protocol):
-    """What the engine tells of one request in one turn (`RequestData`)."""
-
-    request_id: int
-    new_tokens: list[int]
-    new_block_ids: list[int]
-    computed_position: int
-    num_scheduled_tokens: int
-
-
-@dataclass(slots=True)
-class _Request:
-    """One request: what the device had, what we promised beyond it, and how far it is saved.
-
-    `lease` covers the promised blocks, first slot first, until the turn that loads them. Blocks
-    before `next_save` are saved, or need not be; those from there to `num_savable` wait for it,
-    and those before `num_proven` are of turns that went well.
-    """
-
-    chain: BlockHashChain
-    tenant: bytes
-    num_prompt_tokens: int
-    num_device_tokens: int
-    num_promised_tokens: int
-    lease: HostLease | None
-    next_save: int
-    num_savable: int
-    num_proven: int
-    seen_turn: int
-    seen_s: float
-    is_reported: bool = False
-    block_ids: list[int] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True)
 class _LoadLease:
     request_id: int
     turn: int
-    lease: HostLease
+    lease: StagedPrefix
 
 
 class RequestLedger:
@@ -78,11 +52,15 @@ class RequestLedger:
         self._tokens_per_block = tokens_per_block
         self._clock = clock
         self._turn = 0
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, TrackedRequest] = {}
         self._load_leases: list[_LoadLease] = []
-        self._released: list[HostLease] = []
+        self._released: list[StagedPrefix] = []
         self._early_saves: list[SaveRun] = []
         self._num_lost = 0
+        self._broken_promises: set[int] = set()
+        self._doubts = DoubtfulBlocks()
+        self._proven_turns: set[int] = set()
+        self._reported_now: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -90,21 +68,25 @@ class RequestLedger:
     def matched(
         self,
         request_id: int,
-        chain: BlockHashChain,
+        prompt: Prompt,
         num_device_tokens: int,
-        lease: HostLease,
-        tenant: bytes = b"",
+        lease: StagedPrefix,
     ) -> int:
         """How many tokens to promise, given what the device has and `lease` holds in host memory.
 
         Whole blocks, and at least one prompt token is left to compute. Takes over `lease`, which
-        covers a run of `chain` that begins at block `num_device_tokens // tokens_per_block`: what
-        host memory holds of the blocks before does not matter. A request of the same id is
-        forgotten.
+        covers a run of the prompt that begins at block `num_device_tokens // tokens_per_block`:
+        what host memory holds of the blocks before does not matter. A request of the same id is
+        forgotten. One whose device prefix was left uncomputed by another gets no promise, and
+        nothing of it is saved; where that depends on what this turn will report, see `take_save`.
         """
         self.forget(request_id)
-        size = self._tokens_per_block
-        host_end = num_device_tokens // size + len(lease.slots)
+        size, chain = self._tokens_per_block, prompt.chain
+        if self._doubts.are_in(chain, num_device_tokens):
+            self._released.append(lease)
+            return 0
+        self._doubts.are_gone_behind(chain, num_device_tokens)
+        host_end = num_device_tokens // size + lease.num_blocks
         promised = 0
         if num_device_tokens % size == 0:
             most = min(host_end, (chain.num_tokens - 1) // size) * size
@@ -114,37 +96,61 @@ class RequestLedger:
         # An unaligned device match leaves a block whose head was reused and whose tail is computed
         # now. It is valid as a whole after this pass and saved: a hole would orphan what follows.
         next_save = max((num_device_tokens + promised) // size, host_end)
-        self._requests[request_id] = _Request(
+        self._requests[request_id] = TrackedRequest(
+            prompt=prompt,
             chain=chain,
-            tenant=tenant,
+            tenant=prompt.tenant,
             num_prompt_tokens=chain.num_tokens,
             num_device_tokens=num_device_tokens,
             num_promised_tokens=promised,
             lease=lease if promised else None,
             next_save=next_save,
-            num_savable=next_save,
-            num_proven=next_save,
+            num_valid=(num_device_tokens + promised) // size,
+            num_proven=(num_device_tokens + promised) // size,
             seen_turn=self._turn,
             seen_s=self._clock(),
+            rests_on=self._grounds(chain, num_device_tokens),
         )
         return promised
 
-    def begin_turn(self, new_requests: Sequence[ReportedRequest]) -> bytes:
-        """This turn's loads, packed as `TransferPlan.packed_loads`; call it first in every turn.
+    def allocated(self, request_id: int, block_ids: Sequence[int]) -> None:
+        """The device blocks of the whole prompt; the promised ones among them will be loaded to."""
+        request = self._requests.get(request_id)
+        if request is not None and request.lease is not None:
+            request.allocated = tuple(block_ids)
 
-        Raises `ValueError` when the engine allocated too few blocks for what it was promised.
+    def never_save(self, request_id: int) -> None:
+        """Token ids do not say what this request's blocks hold; what it was promised stays."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.is_saved = False
+
+    def begin_turn(
+        self,
+        new_requests: Sequence[ReportedRequest],
+        cached_requests: Sequence[ReportedRequest] = (),
+    ) -> list[PlannedLoad]:
+        """This turn's loads; call it first in every turn.
+
+        Raises `ValueError` when a promise cannot be kept: it is not known which device blocks it is
+        about, the report is not about the prompt that it was made for, or it has expired.
         """
         self._turn += 1
         self._end_loads()
+        self._note_proofs(new_requests, cached_requests)
         if self._turn % EXPIRE_TURNS == 0:
             self._expire()
-        pairs = array("I")
-        for report in new_requests:
-            request = self._requests.get(report.request_id)
-            if request is not None and request.lease is not None:
-                for pair in self._load(report, request, request.lease):
-                    pairs.extend(pair)
-        return pairs.tobytes()
+        loads = []
+        for is_new, reports in ((True, new_requests), (False, cached_requests)):
+            for report in reports:
+                request = self._requests.get(report.request_id)
+                lease = None if request is None else request.lease
+                if report.request_id in self._broken_promises:
+                    raise ValueError(f"request {report.request_id} comes too late for its promise")
+                if request is not None and lease is not None:
+                    loads.append(request.planned_load(lease, report, is_new=is_new))
+                    self._load_leases.append(_LoadLease(report.request_id, self._turn, lease))
+        return loads
 
     def is_decoding(self, cached_requests: Sequence[ReportedRequest]) -> bool:
         """Whether this turn computes any request's tokens behind its prompt."""
@@ -154,59 +160,84 @@ class RequestLedger:
             for request in (self._requests.get(report.request_id),)
         )
 
-    def take_saves(
-        self,
-        new_requests: Sequence[ReportedRequest],
-        cached_requests: Sequence[ReportedRequest],
-        max_blocks: int | None = None,
-    ) -> tuple[SaveRun, ...]:
-        """The blocks that this turn's forward pass completes; call it once, after `begin_turn`.
+    def take_save(
+        self, report: ReportedRequest, is_new: bool, max_blocks: int | None = None
+    ) -> SaveRun | None:
+        """The blocks of one request that this turn's forward pass completes, if any.
 
-        Blocks beyond `max_blocks` wait for a later turn of their request.
+        To be asked once a turn for every request that is reported, after `begin_turn`. Blocks
+        beyond `max_blocks` wait for a later turn. A request whose report makes no sense is
+        forgotten, whether that raises or not. Nothing is saved of one whose device prefix goes into
+        the prompt of another that was being computed when it was matched, unless that one is still
+        reported: it may be gone, and have left those blocks uncomputed.
         """
-        runs = []
-        for is_new, reports in ((True, new_requests), (False, cached_requests)):
-            for report in reports:
-                run = self._take_save(report, is_new, max_blocks)
-                if run is not None:
-                    runs.append(run)
-                    if max_blocks is not None:
-                        max_blocks -= len(run.device_blocks)
-        return tuple(runs)
+        request = self._requests.get(report.request_id)
+        if request is None:
+            return None
+        if request.rests_on:
+            request.is_saved = request.is_saved and all(map(self._is_firm, request.rests_on))
+            request.rests_on = ()
+        if request.is_reported == is_new:  # replayed or joined midway: its tokens are in doubt
+            self.forget(report.request_id)
+            return None
+        request.seen_turn, request.seen_s = self._turn, self._clock()
+        try:
+            request.note(report, is_new=is_new)
+        except BaseException:
+            self.forget(report.request_id)
+            raise
+        stop = request.num_valid
+        if max_blocks is not None:
+            stop = min(stop, request.next_save + max_blocks)
+        return request.take_save(stop)
 
-    def finish(self, request_id: int) -> None:
+    def finish(self, request_id: int, num_tokens: int = 0) -> None:
         """The request has ended, and its blocks are free; see `take_early_saves`, and `forget`.
 
         Only blocks of turns before its last one are sure to be computed: it may have ended because
-        that one failed.
+        that one failed. `num_tokens` are all it came to: if they are more than its prompt's, its
+        prompt was computed, as without that nothing follows.
         """
         request = self._requests.get(request_id)
-        if request is not None:
-            run = self._save(request, request.num_proven)
-            self._early_saves += [run] if run else []
-        self.forget(request_id)
+        if request is None:
+            self.forget(request_id)
+            return
+        run = request.take_save(request.num_proven)
+        self._early_saves += [run] if run else []
+        self._drop(request_id, is_computed=num_tokens > request.num_prompt_tokens)
 
-    def take_early_saves(self) -> tuple[SaveRun, ...]:
+    def take_early_saves(self, room: int | None = None) -> tuple[SaveRun, ...]:
         """Blocks of ended requests, to be copied before anything writes to them; each given once.
 
-        To be asked in the turn after they ended: before it nothing has.
+        To be asked in the turn after they ended: before it nothing has. What takes more than `room`
+        (see `SaveRun.room`) is lost, as nothing keeps it.
         """
-        runs, self._early_saves = tuple(self._early_saves), []
-        return runs
+        kept, ended = [], self._early_saves
+        self._early_saves = []
+        for run in ended:
+            begun = run if room is None else run.leading(max(0, room - RUN_ROOM))
+            self._num_lost += run.num_blocks - begun.num_blocks
+            if not begun.num_blocks:
+                continue
+            kept.append(begun)
+            if room is not None:
+                room -= begun.room
+        return tuple(kept)
+
+    def lose_early_saves(self) -> None:
+        """The engine has written to free blocks: what ended requests have left in them is lost."""
+        self._num_lost += sum(run.num_blocks for run in self._early_saves)
+        self._early_saves = []
 
     def forget(self, request_id: int) -> None:
         """The request is none of ours any more; unknown ids are ignored.
 
         The lease of a load of an earlier turn ends now: the engine has seen that turn's result.
+        What was not computed of its prompt is in doubt from now on.
         """
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self._num_lost += request.num_savable - request.next_save
-            if request.lease is not None:
-                self._released.append(request.lease)
-        self._end_loads(request_id)
+        self._drop(request_id, is_computed=False)
 
-    def take_released(self) -> list[HostLease]:
+    def take_released(self) -> list[StagedPrefix]:
         """The leases to release, each given out once."""
         released, self._released = self._released, []
         return released
@@ -216,67 +247,46 @@ class RequestLedger:
         num_lost, self._num_lost = self._num_lost, 0
         return num_lost
 
-    def _load(
-        self, report: ReportedRequest, request: _Request, lease: HostLease
-    ) -> Iterator[tuple[int, int]]:
-        size, num_device_tokens = self._tokens_per_block, request.num_device_tokens
-        num_loaded_tokens = num_device_tokens + request.num_promised_tokens
-        blocks = range(num_device_tokens // size, num_loaded_tokens // size)
-        if len(report.new_block_ids) < blocks.stop:
-            raise ValueError(
-                f"request {report.request_id}: {blocks.stop} blocks of prefix are promised, the "
-                f"engine allocated {len(report.new_block_ids)}"
-            )
-        self._load_leases.append(_LoadLease(report.request_id, self._turn, lease))
-        request.lease = None
-        device_blocks = report.new_block_ids[blocks.start : blocks.stop]
-        return zip(lease.slots, device_blocks, strict=False)  # the lease may hold one block more
+    def _drop(self, request_id: int, *, is_computed: bool) -> None:
+        request = self._requests.pop(request_id, None)
+        self._broken_promises.discard(request_id)
+        if request is not None:
+            start = None if is_computed else request.uncomputed_from(self._proven_turns)
+            if start is not None:
+                self._doubts.add(request.chain, start)
+            self._num_lost += request.num_unsaved
+            if request.lease is not None:
+                self._released.append(request.lease)
+        self._end_loads(request_id)
 
-    def _take_save(
-        self, report: ReportedRequest, is_new: bool, max_blocks: int | None
-    ) -> SaveRun | None:
-        request = self._requests.get(report.request_id)
-        if request is None:
-            return None
-        if request.is_reported == is_new:  # replayed or joined midway: its tokens are in doubt
-            self.forget(report.request_id)
-            return None
-        request.seen_turn, request.seen_s = self._turn, self._clock()
-        request.is_reported = True
-        request.block_ids += report.new_block_ids
-        num_known_tokens = request.chain.num_tokens if is_new else 0
-        request.chain.extend(report.new_tokens[num_known_tokens:])
-        num_valid_blocks = self._num_valid_tokens(request, report, is_new) // self._tokens_per_block
-        num_savable = min(num_valid_blocks, len(request.chain.hashes), len(request.block_ids))
-        request.num_proven = request.num_savable
-        request.num_savable = max(request.num_savable, num_savable)
-        stop = request.num_savable
-        if max_blocks is not None:
-            stop = min(stop, request.next_save + max_blocks)
-        return self._save(request, stop)
+    def _grounds(self, chain: BlockHashChain, num_device_tokens: int) -> list[Ground]:
+        """The requests whose uncomputed blocks may be in this device prefix, should they be gone.
 
-    def _num_valid_tokens(self, request: _Request, report: ReportedRequest, is_new: bool) -> int:
-        """Tokens whose KV is valid after this turn's forward pass.
-
-        The first report's `computed_position` leaves out what we load, so our own figures count.
+        Of those that have vanished nobody tells, so each counts that is not known to have ended.
         """
-        valid_before = report.computed_position
-        if is_new:
-            valid_before = request.num_device_tokens + request.num_promised_tokens
-        return valid_before + report.num_scheduled_tokens
+        grounds = []
+        for request_id, request in self._requests.items() if num_device_tokens else ():
+            start = request.uncomputed_from(self._proven_turns)
+            if start is None or not reaches_into(chain, num_device_tokens, request.chain, start):
+                continue
+            is_all = reaches_into(chain, num_device_tokens, request.chain, request.num_valid)
+            grounds.append(Ground(request_id, request.seen_turn, is_launched=not is_all))
+        return grounds
 
-    def _save(self, request: _Request, stop: int) -> SaveRun | None:
-        start = request.next_save
-        if stop <= start:
-            return None
-        request.next_save = stop
-        return SaveRun(
-            parent=request.chain.parent_of(start),
-            packed_hashes=b"".join(request.chain.hashes[start:stop]),
-            packed_blocks=array("I", request.block_ids[start:stop]).tobytes(),
-            tenant=request.tenant,
-            first=start,
-        )
+    def _is_firm(self, ground: Ground) -> bool:
+        """Whether that request is still there, or at least its last forward pass went well."""
+        is_proven = ground.is_launched and ground.seen_turn in self._proven_turns
+        return is_proven or ground.request_id in self._reported_now
+
+    def _note_proofs(
+        self, new_requests: Sequence[ReportedRequest], cached_requests: Sequence[ReportedRequest]
+    ) -> None:
+        """A pass that fails ends all its requests: one that goes on proves the pass it was in."""
+        self._reported_now = {one.request_id for one in (*new_requests, *cached_requests)}
+        for report in cached_requests:
+            request = self._requests.get(report.request_id)
+            if request is not None and request.is_reported:
+                self._proven_turns.add(request.seen_turn)
 
     def _end_loads(self, request_id: int | None = None) -> None:
         """Release loads that are copied for sure, those of `request_id` a turn sooner."""
@@ -290,7 +300,10 @@ class RequestLedger:
         self._load_leases = kept
 
     def _expire(self) -> None:
+        self._proven_turns &= {request.seen_turn for request in self._requests.values()}
         before_turn, before_s = self._turn - EXPIRE_TURNS, self._clock() - EXPIRE_S
         for request_id, request in list(self._requests.items()):
             if request.seen_turn <= before_turn and request.seen_s <= before_s:
                 self.forget(request_id)
+                if request.lease is not None:
+                    self._broken_promises.add(request_id)

@@ -1,42 +1,73 @@
 """What the connector's scheduler side tells its worker side: one turn's copies.
 
 It is broadcast to all ranks in every turn, so it is packed, and holds nothing that a rank could
-look up itself. Pure.
+look up itself. It touches no bytes of blocks.
 """
 
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared_cache.hashing import HASH_BYTES, BlockHash
+import numpy as np
+
+from shared_cache.connector.packing import Numbers, pack, unpack
+from shared_cache.connector.save_runs import SaveRun as SaveRun
+from shared_cache.hashing import HASH_BYTES
+from shared_cache.host.interface import Place
+
+MAX_PLAN_BYTES = 62 * 1024
+"""A plan is no larger, but for `MIN_SAVES`, unless its loads alone are: these cannot wait.
+
+They are not where an arena's free slots lie in runs. Scattered all over, the blocks of a prompt of
+128k tokens take some 60 KiB on eight ranks where each rank's lie in 16,384 slots, and more in a
+larger arena: such a plan is sent as it is.
+"""
+
+MAX_SAVES = 1024
+"""Blocks saved in one turn at most, so that no turn is held up by copies for long."""
+
+MIN_SAVES = 16
+"""So many blocks may be saved in a turn whose loads fill the plan: else they might wait forever."""
+
+SAVE_BYTES = HASH_BYTES + 4
+"""What one saved block takes in a plan: its hash and its device block."""
+
+_SORTED_FROM_BYTES = 16 * 1024
+"""Loads that take more are tried in another order, too."""
 
 
 @dataclass(frozen=True, slots=True)
-class SaveRun:
-    """Consecutive blocks of one request to copy out of the engine's pool, packed for the wire.
+class Load:
+    """Blocks for one request's prefix: `device_blocks[i]` gets block i of every place.
 
-    `first` is the place of the first one in the request; `tenant` is who pays for them.
+    Each rank's shards lie at a place of their own, which may hold more blocks than are loaded.
     """
 
-    parent: BlockHash
-    packed_hashes: bytes
-    packed_blocks: bytes
-    tenant: bytes = b""
-    first: int = 0
+    places: Sequence[Place]
+    device_blocks: Sequence[int]
 
-    @property
-    def hashes(self) -> tuple[BlockHash, ...]:
-        """The blocks' hashes, first block first."""
-        packed = self.packed_hashes
-        return tuple(
-            BlockHash(packed[start : start + HASH_BYTES])
-            for start in range(0, len(packed), HASH_BYTES)
-        )
 
-    @property
-    def device_blocks(self) -> Sequence[int]:
-        """The pool's block ids, in the order of `hashes`."""
-        return _unpack(self.packed_blocks)
+@dataclass(frozen=True, slots=True)
+class RankLoad:
+    """What one rank copies: the block in `place.slots[i]` goes to `device_blocks[i]`."""
+
+    place: Place
+    device_blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLoads:
+    """All loads whose blocks lie in the same memories, one for each rank; packed for the wire."""
+
+    memories: tuple[bytes, ...]
+    num_blocks: int
+    packed: bytes
+
+    def of_rank(self, rank: int) -> RankLoad:
+        """What `rank` has to copy."""
+        columns = unpack(self.packed, 1 + len(self.memories), self.num_blocks)
+        slots = array("I", columns[1 + rank].tobytes())
+        return RankLoad(Place(self.memories[rank], slots), columns[0].tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +75,48 @@ class TransferPlan:
     """What the workers are to copy in one turn. Picklable and small: it is broadcast every turn.
 
     `early_saves` are of requests that have ended: copied before the loads and the forward pass,
-    which may write to those blocks. `saves` are copied after the pass that completes them.
+    which may write to those blocks. `saves` are copied after the pass that completes them. A
+    `refusal` says why this turn must not run at all; there is nothing to copy then.
     """
 
-    packed_loads: bytes = b""
+    packed_loads: tuple[PackedLoads, ...] = ()
     saves: tuple[SaveRun, ...] = ()
     early_saves: tuple[SaveRun, ...] = ()
+    refusal: str = ""
 
-    @property
-    def loads(self) -> Sequence[tuple[int, int]]:
-        """Pairs (host slot, device block) to copy before the forward pass."""
-        numbers = _unpack(self.packed_loads)
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
+    def loads_of(self, rank: int) -> Sequence[RankLoad]:
+        """What `rank` copies to the device before the forward pass, in any order."""
+        return [loads.of_rank(rank) for loads in self.packed_loads]
 
 
-def _unpack(packed: bytes) -> Sequence[int]:
-    numbers = array("I")
-    numbers.frombytes(packed)
-    return numbers
+def pack_loads(loads: Sequence[Load]) -> tuple[PackedLoads, ...]:
+    """These loads for the wire: one part, but for those moments in which an arena is replaced."""
+    parts: dict[tuple[bytes, ...], list[Load]] = {}
+    for load in loads:
+        parts.setdefault(tuple(place.memory for place in load.places), []).append(load)
+    return tuple(_packed(memories, part) for memories, part in parts.items())
+
+
+def num_saves_beside(loads: Sequence[PackedLoads]) -> int:
+    """How many blocks may be saved in a turn that has these loads, early ones too.
+
+    Each run takes some more than its blocks: `SaveRun.room`.
+    """
+    left_bytes = MAX_PLAN_BYTES - sum(len(part.packed) for part in loads)
+    return min(MAX_SAVES, max(MIN_SAVES, left_bytes // SAVE_BYTES))
+
+
+def _packed(memories: tuple[bytes, ...], loads: Sequence[Load]) -> PackedLoads:
+    blocks = np.array([block for load in loads for block in load.device_blocks], np.uint32)
+    columns: list[Numbers] = [blocks]
+    for rank in range(len(memories)):
+        slots = array("I")
+        for load in loads:
+            slots += load.places[rank].slots[: len(load.device_blocks)]
+        columns.append(np.frombuffer(slots, np.uint32))
+    packed = pack(columns)
+    if len(packed) > _SORTED_FROM_BYTES:
+        # Blocks may be copied in any order. Where all is scattered, one column at least is cheap.
+        order = np.argsort(blocks)
+        packed = min(packed, pack([column[order] for column in columns]), key=len)
+    return PackedLoads(memories, len(blocks), packed)

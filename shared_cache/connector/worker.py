@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from shared_cache.connector.copier import BlockCopier, BlockSave, make_copier
+from shared_cache.connector.copier import BlockCopier, BlockCopy, BlockSave, make_copier
+from shared_cache.connector.pool_check import check_pool
 from shared_cache.connector.transfers import SaveRun, TransferPlan
 from shared_cache.errors import ConfigError
 from shared_cache.faults import FaultLog
 from shared_cache.host.interface import NewRun
+from shared_cache.namespace import BlockLayout
 from shared_cache.staging import SharedCache
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,21 @@ ReservedRun = tuple[SaveRun, tuple[int, ...]]
 
 
 class SharedCacheWorker:
-    """Implements `KvCacheConnectorWorker` over one replica's cache.
+    """Implements `KvCacheConnectorWorker` on one rank, over that rank's shard of the cache.
 
     All hooks are called on the engine's loop thread. Errors of saves are counted and logged, never
-    raised. An error of a load is raised: the engine counts those tokens as computed, and going on
-    would answer from garbage. As loads copy leased memory, only a broken device can cause one.
+    raised. An error of a load is raised from `start_load_kv`: the engine counts those tokens as
+    computed, and going on would answer from garbage, for this request and for all that reuse its
+    blocks. As loads copy leased memory, only a broken device or deleted memory can cause one.
     """
 
-    def __init__(self, cache: SharedCache) -> None:
+    def __init__(
+        self, cache: SharedCache, rank: int = 0, layout: BlockLayout | None = None
+    ) -> None:
+        """`layout` is what the pool must be, axis by axis; None: only its bytes are compared."""
         self._cache = cache
+        self._rank = rank
+        self._layout = layout
         self._faults = FaultLog(logger)
         self._copier: BlockCopier | None = None
         self._plan = TransferPlan()
@@ -50,6 +58,13 @@ class SharedCacheWorker:
 
         Raises `ConfigError` when its blocks are not those of the cache's namespace.
         """
+        if self._layout is not None:
+            check_pool(
+                tuple(kv_cache_tensor.shape),
+                str(kv_cache_tensor.dtype).removeprefix("torch."),
+                self._layout,
+                is_contiguous=kv_cache_tensor.is_contiguous(),
+            )
         if kv_cache_tensor.dim() < 2 or not kv_cache_tensor.is_contiguous():
             raise ConfigError(
                 f"the KV pool must be contiguous with blocks first, not of shape "
@@ -76,12 +91,21 @@ class SharedCacheWorker:
     def start_load_kv(self, stream: Any) -> None:
         """Copy the plan's loads into the pool, ordered before the forward pass on `stream`.
 
-        Before that, what ended requests have left to save.
+        Before that, what ended requests have left to save. Raises `RuntimeError` when the plan says
+        that this turn must not run: on every rank, as all have the same plan.
         """
+        if self._plan.refusal:
+            raise RuntimeError(
+                f"the KV connector promised tokens that cannot be loaded ({self._plan.refusal}); "
+                "the engine stops, as it would answer from garbage: restart it, and report this"
+            )
         if self._plan.early_saves and self._copier is not None:
             with self._faults.caught("the save hook"):
                 self._save(self._copier, self._plan.early_saves, stream)
-        copies = [(self._cache.host.buffer(slot), block) for slot, block in self._plan.loads]
+        copies: list[BlockCopy] = []
+        for load in self._plan.loads_of(self._rank):
+            buffers = self._cache.host.buffers_at(load.place)
+            copies += zip(buffers, load.device_blocks, strict=True)
         if self._copier is not None:
             self._copier.load(copies, stream)
         elif copies:
@@ -107,7 +131,7 @@ class SharedCacheWorker:
         return [], []
 
     def close(self) -> None:
-        """Finish the copies that are under way and let go of the pool."""
+        """Finish the copies that are under way and let go of the pool; again is a no-op."""
         copier, self._copier = self._copier, None
         if copier is not None:
             copier.close()
@@ -117,7 +141,7 @@ class SharedCacheWorker:
         copies: list[BlockSave] = []
         try:
             for run in saves:
-                slots = self._cache.reserve(len(run.device_blocks))
+                slots = self._cache.reserve(run.num_blocks)
                 reserved.append((run, slots))
                 buffers = map(self._cache.host.buffer, slots)
                 copies += zip(buffers, run.device_blocks, run.hashes, strict=False)

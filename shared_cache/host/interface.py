@@ -12,6 +12,7 @@ blocks and no room until it is back.
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,18 @@ class HostStats:
     is_connected: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where blocks lie, in words that all processes of this node understand.
+
+    `memory` names a mapping (empty: this process's own), `slots` are numbers in it (type code I),
+    without gaps between neighbours.
+    """
+
+    memory: bytes
+    slots: "array[int]"
+
+
 class HostTier(ABC):
     """Verified blocks of one namespace in this node's memory. Thread-safe; no method does file I/O.
 
@@ -196,6 +209,17 @@ class HostTier(ABC):
         """The bytes of one slot, page-aligned; *in the step*.
 
         Writable while reserved, read-only by convention while leased.
+        """
+
+    @abstractmethod
+    def place(self, slots: Sequence[int]) -> Place:
+        """Where these slots of one lease lie, for another process of this node; *in the step*."""
+
+    @abstractmethod
+    def buffers_at(self, place: Place) -> list[memoryview]:
+        """The bytes of blocks that some process of this node has leased; *in the step*.
+
+        Raises `HostMemoryGoneError` when this process cannot reach that memory any more.
         """
 
     @abstractmethod

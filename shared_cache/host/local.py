@@ -9,13 +9,14 @@ import logging
 import mmap
 import threading
 import time
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
 from shared_cache.checksum import block_checksum
-from shared_cache.errors import ConfigError
+from shared_cache.errors import ConfigError, HostMemoryGoneError
 from shared_cache.eviction import make_policy
 from shared_cache.faults import FaultLog
 from shared_cache.hashing import BlockHash
@@ -28,6 +29,7 @@ from shared_cache.host.interface import (
     HostTier,
     MemoryHook,
     NewRun,
+    Place,
 )
 from shared_cache.host.terms import BlockRecord, Claim, Clock, Grant, IndexRules, checked_ttl_s
 
@@ -162,6 +164,19 @@ class LocalHostTier(HostTier):
         if slot % self._slot_stride or not 0 <= start < self._arena_bytes:
             raise ValueError(f"slot {slot} is not one of the {self._num_slots} slots")
         return self._arena[start : start + self._block_bytes]
+
+    def place(self, slots: Sequence[int]) -> Place:
+        """See `HostTier.place`: in this process's own memory."""
+        return Place(b"", array("I", [slot // self._slot_stride for slot in slots]))
+
+    def buffers_at(self, place: Place) -> list[memoryview]:
+        """See `HostTier.buffers_at`; only this process can have leased them."""
+        if place.memory:
+            raise HostMemoryGoneError(
+                "blocks in the memory of a node's arena were promised to a process that has "
+                "cache.host.scope process; write scope: node for all ranks of an engine"
+            )
+        return [self.buffer(index * self._slot_stride) for index in place.slots]
 
     def checksum(self, slot: int) -> int:
         """See `HostTier.checksum`."""

@@ -56,8 +56,9 @@ class MappedArena:
         self.extent_units = geometry.extent_units
         self.block_bytes = block_bytes
         self._geometry = geometry
-        self._slot_units = -(-block_bytes // SLOT_ALIGNMENT_BYTES)
-        self.num_slots = geometry.num_extents * (geometry.extent_units // self._slot_units)
+        self.slot_units = -(-block_bytes // SLOT_ALIGNMENT_BYTES)
+        self.slots_per_extent = geometry.extent_units // self.slot_units
+        self.num_slots = geometry.num_extents * self.slots_per_extent
         self._arena = map_file(arena_fd, geometry.arena_bytes)
         self._memory = memoryview(self._arena)
         self._records = mmap.mmap(records_fd, geometry.records_bytes, access=mmap.ACCESS_READ)
@@ -99,7 +100,7 @@ class MappedArena:
 
     def checksum(self, slot: int) -> int:
         """The checksum of the block in a leased slot, as its record has it."""
-        offset = self._geometry.record_offset(slot - self.base, self._slot_units)
+        offset = self._geometry.record_offset(slot - self.base, self.slot_units)
         start = offset + PAYLOAD_CHECKSUM_OFFSET
         return decode_payload_checksum(self._records[start : start + 8])
 
@@ -146,6 +147,12 @@ class ExtentWatch:
                 self._call_hook(arena, extent)
                 self._thread.submit(partial(_touch, arena, extent))
                 self._known.add((boot, extent))
+
+    def show_soon(self, arena: MappedArena, slots: Sequence[int]) -> None:
+        """As `show`, in the background: these slots are in use already; *in the step*."""
+        if any((arena.boot, (slot - arena.base) // arena.extent_units) not in self._known
+               for slot in slots):  # fmt: skip
+            self._thread.submit(partial(self.show, arena, slots))
 
     def show_to(self, hook: MemoryHook, arenas: Sequence[MappedArena]) -> None:
         """Call `hook` with every extent that was shown already, and with those to come."""

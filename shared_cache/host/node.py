@@ -25,9 +25,11 @@ from shared_cache.host.interface import (
     HostTier,
     MemoryHook,
     NewRun,
+    Place,
 )
 from shared_cache.host.journal import EventKind
 from shared_cache.host.mapping import ExtentWatch, MappedArena
+from shared_cache.host.places import ArenaPlaces
 from shared_cache.host.protocol import pack_hashes, unpack_hashes
 from shared_cache.host.requests import NO_LEASE, REQUEST_TIMEOUT_S, OwnerRequests
 from shared_cache.host.session import OwnerSession, SessionTerms
@@ -71,16 +73,24 @@ def open_node_tier(
         session.close()
         raise
     requests = OwnerRequests(session, faults, verify=config.verify_every_load)
-    return NodeHostTier(session, requests, faults)
+    places = ArenaPlaces(session, terms.paths, block_bytes)
+    return NodeHostTier(session, requests, places, faults)
 
 
 class NodeHostTier(HostTier):
     """One process's view of the arena that its node shares; made by `open_node_tier`."""
 
-    def __init__(self, session: OwnerSession, requests: OwnerRequests, faults: FaultLog) -> None:
+    def __init__(
+        self,
+        session: OwnerSession,
+        requests: OwnerRequests,
+        places: ArenaPlaces,
+        faults: FaultLog,
+    ) -> None:
         arena = session.arenas[0]
         self._session = session
         self._requests = requests
+        self._places = places
         self._faults = faults
         self._num_slots = arena.num_slots
         self._block_bytes = arena.block_bytes
@@ -221,6 +231,15 @@ class NodeHostTier(HostTier):
     def buffer(self, slot: int) -> memoryview:
         """See `HostTier.buffer`."""
         return self._arena_with(slot).buffer(slot)
+
+    def place(self, slots: Sequence[int]) -> Place:
+        """See `HostTier.place`."""
+        arena = self._arena_with(slots[0]) if slots else self._session.arenas[0]
+        return self._places.place(arena, slots)
+
+    def buffers_at(self, place: Place) -> list[memoryview]:
+        """See `HostTier.buffers_at`."""
+        return self._places.buffers(place)
 
     def checksum(self, slot: int) -> int:
         """See `HostTier.checksum`."""

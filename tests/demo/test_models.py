@@ -16,12 +16,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 from safetensors.torch import save_file
 
-from cluster import model_digest, model_wheel, models
-from cluster.model_digest import content_digest
+from cluster import model_wheel, models
 from cluster.model_progress import Preparation
 from cluster.model_wheel import SMOLLM2, WheelModel, resolve_wheel
-from cluster.models import default_cache_dir, resolve_model
+from cluster.models import resolve_model
+from shared_cache import model_digest
 from shared_cache.errors import ModelError
+from shared_cache.model_digest import content_digest, default_cache_dir
 
 GGUF = b"GGUF: not really, but with a digest all the same"
 

@@ -7,6 +7,7 @@ loaded wrongly, late, or from another prefix fails the test at once.
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from shared_cache.connector.interface import RequestData, SchedulerOutput
 from shared_cache.connector.scheduler import SharedCacheScheduler
 from shared_cache.connector.worker import SharedCacheWorker
+from shared_cache.sharded import ShardedCache
 from shared_cache.staging import SharedCache
 from tests.shared_cache.fakes import LAYOUT, await_published
 
@@ -21,13 +23,14 @@ SIZE = LAYOUT.tokens_per_block
 TOKEN_BYTES = LAYOUT.block_bytes // SIZE
 
 
-def token_kv(prefix: list[int]) -> bytes:
-    return hashlib.blake2b(repr(prefix).encode(), digest_size=TOKEN_BYTES).digest()
+def token_kv(prefix: list[int], rank: int = 0) -> bytes:
+    of_rank = rank.to_bytes(2, "little")
+    return hashlib.blake2b(repr(prefix).encode(), digest_size=TOKEN_BYTES, salt=of_rank).digest()
 
 
-def block_kv(tokens: list[int], block: int) -> bytes:
+def block_kv(tokens: list[int], block: int, rank: int = 0) -> bytes:
     positions = range(block * SIZE, (block + 1) * SIZE)
-    return b"".join(token_kv(tokens[: position + 1]) for position in positions)
+    return b"".join(token_kv(tokens[: position + 1], rank) for position in positions)
 
 
 @dataclass
@@ -51,18 +54,32 @@ class MiniRequest:
 
 
 class MiniEngine:
-    """One pool on a CPU, without device reuse of its own; requests run one by one or mixed."""
+    """One pool on a CPU for each rank, without device reuse; requests run one by one or mixed.
 
-    def __init__(self, cache: SharedCache, num_blocks: int = 64, chunk: int = 1000) -> None:
+    `cache` is what is matched in; `shards` are the ranks' own caches, by default those of `cache`.
+    """
+
+    def __init__(
+        self,
+        cache: SharedCache | ShardedCache,
+        num_blocks: int = 64,
+        chunk: int = 1000,
+        shards: Sequence[SharedCache] = (),
+    ) -> None:
         self.cache = cache
         self.chunk = chunk
-        self.pool = torch.zeros((num_blocks, *LAYOUT.shape), dtype=torch.float32)
-        self.rows = self.pool.view(num_blocks, -1).view(torch.uint8).numpy()
+        self.shards = shards or (cache.shards if isinstance(cache, ShardedCache) else (cache,))
+        self.ranks = range(len(self.shards))
+        shape = (num_blocks, *LAYOUT.shape)
+        self.pools = [torch.zeros(shape, dtype=torch.float32) for _ in self.ranks]
+        self.rows = [pool.view(num_blocks, -1).view(torch.uint8).numpy() for pool in self.pools]
         self.free = list(range(num_blocks))
         self.stale: list[int] = []
         self.scheduler = SharedCacheScheduler(cache, SIZE)
-        self.worker = SharedCacheWorker(cache)
-        self.worker.register_kv_caches(self.pool)
+        self.workers = [SharedCacheWorker(shard, rank) for rank, shard in enumerate(self.shards)]
+        for worker, pool in zip(self.workers, self.pools, strict=True):
+            worker.register_kv_caches(pool)
+        self.worker = self.workers[0]
 
     def start(self, request: MiniRequest, device_tokens: int = 0) -> None:
         """Match and allocate; `device_tokens` are as if found on the device."""
@@ -87,23 +104,27 @@ class MiniEngine:
             is_new = any(request is other for other in new)
             reports = output.new_requests if is_new else output.cached_requests
             reports.append(self._report(request, num_scheduled, is_new))
-        plan = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(output)))
-        self.worker.bind_connector_meta(plan)
-        self.worker.start_load_kv(None)
+        wire = pickle.dumps(self.scheduler.build_connector_meta(output))
+        for worker in self.workers:
+            worker.bind_connector_meta(pickle.loads(wire))
+            worker.start_load_kv(None)
         for block in self.stale:
             if block in self.free:
-                self.rows[block] = 0xEE
+                for rank in self.ranks:
+                    self.rows[rank][block] = 0xEE
         self.stale.clear()
         for request, num_scheduled in scheduled:
             self._forward(request, num_scheduled)
-        self.worker.wait_for_save(None)
-        assert self.worker.get_finished([], []) == ([], [])
+        for worker in self.workers:
+            worker.wait_for_save(None)
+            assert worker.get_finished([], []) == ([], [])
 
     def finish(self, request: MiniRequest) -> None:
         """Free the blocks; what was saved is in the host tier afterwards."""
         assert self.scheduler.request_finished(request, list(request.blocks)) is False
         self.abort(request)
-        await_published(self.cache)
+        for shard in self.shards:
+            await_published(shard)
 
     def abort(self, request: MiniRequest) -> None:
         """The engine forgets the request without a word to the connector.
@@ -143,8 +164,10 @@ class MiniEngine:
 
     def _forward(self, request: MiniRequest, num_scheduled: int) -> None:
         for position in range(request.num_valid):
-            kv = bytes(self._place(request, position))
-            assert kv == token_kv(request.tokens[: position + 1]), f"wrong KV at {position}"
+            for rank in self.ranks:
+                kv = bytes(self._place(request, position, rank))
+                right = token_kv(request.tokens[: position + 1], rank)
+                assert kv == right, f"wrong KV at {position} on rank {rank}"
         for position in range(request.num_valid, request.num_valid + num_scheduled):
             self._write(request, position)
         request.num_valid += num_scheduled
@@ -152,9 +175,11 @@ class MiniEngine:
             request.tokens.append(int.from_bytes(token_kv(request.tokens)[:4], "little") % 50_000)
 
     def _write(self, request: MiniRequest, position: int) -> None:
-        self._place(request, position)[:] = memoryview(token_kv(request.tokens[: position + 1]))
+        for rank in self.ranks:
+            kv = token_kv(request.tokens[: position + 1], rank)
+            self._place(request, position, rank)[:] = memoryview(kv)
 
-    def _place(self, request: MiniRequest, position: int):  # type: ignore[no-untyped-def]
-        row = self.rows[request.blocks[position // SIZE]]
+    def _place(self, request: MiniRequest, position: int, rank: int):  # type: ignore[no-untyped-def]
+        row = self.rows[rank][request.blocks[position // SIZE]]
         start = position % SIZE * TOKEN_BYTES
         return row[start : start + TOKEN_BYTES]

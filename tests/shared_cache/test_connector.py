@@ -315,8 +315,11 @@ def test_a_promise_that_cannot_be_kept_stops_the_engine() -> None:
     engine.run(MiniRequest(1, list(PROMPT)))
     engine.scheduler.get_num_new_matched_tokens(MiniRequest(2, list(PROMPT)), 0)
     report = RequestData(2, list(PROMPT), [1, 2], 0, 1)
-    with pytest.raises(ValueError, match="promised"):
-        engine.scheduler.build_connector_meta(SchedulerOutput([report]))
+    plan = engine.scheduler.build_connector_meta(SchedulerOutput([report]))
+    engine.worker.bind_connector_meta(plan)
+    with pytest.raises(RuntimeError, match="7 blocks of prefix are promised, the engine alloc"):
+        engine.worker.start_load_kv(None)
+    assert engine.scheduler.connector_faults == 1
     cache.close()
 
 
@@ -410,7 +413,7 @@ def test_a_plan_is_carried_out_once_and_a_warm_up_without_one_does_nothing() -> 
     engine.turn(new=(request,))
     assert cache.flush(WAIT_S)
     assert store.num_writes == 2
-    engine.rows[:] = 0
+    engine.rows[0][:] = 0
     for bind in (lambda _: None, engine.worker.bind_connector_meta):
         bind("warm-up")
         engine.worker.start_load_kv(None)
@@ -419,7 +422,7 @@ def test_a_plan_is_carried_out_once_and_a_warm_up_without_one_does_nothing() -> 
         engine.worker.wait_for_save(None)
     assert cache.flush(WAIT_S)
     assert store.num_writes == 2
-    assert not engine.rows.any()
+    assert not engine.rows[0].any()
     cache.close()
 
 

@@ -1,6 +1,7 @@
 """The connector's decisions as lists of events in, decisions out; TensorRT-LLM's own sequences."""
 
 import pickle
+from array import array
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -11,9 +12,11 @@ from shared_cache.connector.plan import (
     EXPIRE_TURNS,
     RequestLedger,
 )
-from shared_cache.connector.transfers import SaveRun, TransferPlan
+from shared_cache.connector.requests import Prompt
+from shared_cache.connector.transfers import Load, SaveRun, TransferPlan, pack_loads
 from shared_cache.hashing import BlockHash, BlockHashChain
-from shared_cache.host.interface import HostLease
+from shared_cache.host.interface import HostLease, Place
+from shared_cache.prefix_cache import StagedPrefix
 from tests.shared_cache.fakes import FakeClock
 
 SIZE = 32
@@ -35,16 +38,20 @@ class Driver:
         """
         lease = HostLease(self._next_lease, tuple(range(7 + device // SIZE, 7 + host)))
         self._next_lease += 1
-        return self.ledger.matched(id_, chain(num_tokens), device, lease)
+        return self.ledger.matched(id_, prompt(num_tokens), device, StagedPrefix(lease))
 
     def turn(
         self, new: Iterable[RequestData] = (), cached: Iterable[RequestData] = ()
     ) -> TransferPlan:
         new, cached = list(new), list(cached)
-        loads = self.ledger.begin_turn(new)
-        plan = TransferPlan(loads, self.ledger.take_saves(new, cached))
-        self.released += self.ledger.take_released()
-        return plan
+        loads = [
+            Load([place(planned.lease.lease)], planned.device_blocks)
+            for planned in self.ledger.begin_turn(new, cached)
+        ]
+        reports = [(report, True) for report in new] + [(report, False) for report in cached]
+        saves = [self.ledger.take_save(report, is_new) for report, is_new in reports]
+        self.released += [staged.lease for staged in self.ledger.take_released()]
+        return TransferPlan(pack_loads(loads), tuple(run for run in saves if run is not None))
 
     def idle_turns(self, num_turns: int) -> None:
         for _ in range(num_turns):
@@ -52,7 +59,23 @@ class Driver:
 
     def finish(self, id_: int) -> None:
         self.ledger.forget(id_)
-        self.released += self.ledger.take_released()
+        self.released += [staged.lease for staged in self.ledger.take_released()]
+
+
+def place(lease: HostLease) -> Place:
+    return Place(b"", array("I", lease.slots))
+
+
+def loaded(plan: TransferPlan, rank: int = 0) -> list[tuple[int, int]]:
+    """(slot, device block) of every load."""
+    pairs: list[tuple[int, int]] = []
+    for load in plan.loads_of(rank):
+        pairs += zip(load.place.slots, load.device_blocks, strict=True)
+    return pairs
+
+
+def prompt(num_tokens: int) -> Prompt:
+    return Prompt(range(num_tokens), chain(num_tokens))
 
 
 def chain(num_tokens: int) -> BlockHashChain:
@@ -115,7 +138,7 @@ def test_whole_blocks_are_promised_and_a_token_is_left_to_compute(
 ) -> None:
     driver = Driver()
     assert driver.match(1, num_tokens, device, host) == promised
-    driver.released += driver.ledger.take_released()
+    driver.released += [staged.lease for staged in driver.ledger.take_released()]
     assert len(driver.released) == (0 if promised else 1)
 
 
@@ -126,8 +149,8 @@ def test_promised_blocks_are_loaded_once_behind_those_on_the_device() -> None:
     driver = Driver()
     assert driver.match(1, 200, device=64, host=5) == 96
     plan = driver.turn([first(1, 200, position=64, scheduled=40)])
-    assert plan.loads == [(9, 102), (10, 103), (11, 104)]
-    assert driver.turn(cached=[later(1, 200)]).loads == []
+    assert loaded(plan) == [(9, 102), (10, 103), (11, 104)]
+    assert loaded(driver.turn(cached=[later(1, 200)])) == []
 
 
 def test_the_lease_of_a_load_ends_two_turns_later() -> None:
@@ -226,9 +249,9 @@ def test_host_blocks_behind_the_devices_need_no_beginning_in_host_memory() -> No
     """The lease begins at block 2; blocks 0 and 1 are on the device alone."""
     driver = Driver()
     lease = HostLease(1, (30, 31))
-    assert driver.ledger.matched(1, chain(200), 64, lease) == 64
+    assert driver.ledger.matched(1, prompt(200), 64, StagedPrefix(lease)) == 64
     plan = driver.turn([first(1, 200, position=64, scheduled=72)])
-    assert plan.loads == [(30, 102), (31, 103)]
+    assert loaded(plan) == [(30, 102), (31, 103)]
     assert saved(plan) == expected(200, 4, 6)
 
 
@@ -267,7 +290,7 @@ def test_a_request_matched_again_starts_anew() -> None:
     driver.match(1, 200, host=5)
     driver.match(1, 64)
     plan = driver.turn([first(1, 64, 0, 64)])
-    assert plan.loads == []
+    assert loaded(plan) == []
     assert saved(plan) == expected(64, 0, 2)
     assert [lease.lease_id for lease in driver.released] == [1, 2]
     assert len(driver.ledger) == 1
@@ -312,7 +335,7 @@ def test_the_plan_of_the_longest_prompts_is_small_and_survives_pickling() -> Non
     num_loaded = (num_tokens - 8192) // SIZE
     assert driver.match(1, num_tokens, host=num_loaded) == num_loaded * SIZE
     plan = driver.turn([first(1, num_tokens, 0, 8192)])
-    assert (len(plan.loads), len(saved(plan))) == (num_loaded, 256)
+    assert (len(loaded(plan)), len(saved(plan))) == (num_loaded, 256)
     wire = pickle.dumps(plan)
     assert len(wire) < 64 * 1024
     assert pickle.loads(wire) == plan
@@ -321,5 +344,5 @@ def test_the_plan_of_the_longest_prompts_is_small_and_survives_pickling() -> Non
 
 def test_an_empty_plan_is_tiny() -> None:
     assert len(pickle.dumps(TransferPlan())) < 200
-    assert TransferPlan().loads == []
+    assert loaded(TransferPlan()) == []
     assert SaveRun(chain(0).parent_of(0), b"", b"").hashes == ()

@@ -1,11 +1,16 @@
 """Copies of new blocks keep to their part of a turn: the rest waits, or is counted as lost."""
 
+from collections.abc import Sequence
+
 import pytest
 
+from shared_cache.connector.interface import RequestData
 from shared_cache.connector.plan import RequestLedger
+from shared_cache.connector.requests import Prompt
 from shared_cache.connector.transfers import SaveRun
 from shared_cache.hashing import block_hashes
 from shared_cache.host.interface import HostLease
+from shared_cache.prefix_cache import StagedPrefix
 from tests.shared_cache.fakes import WAIT_S, FakeClock, make_cache, num_in_host
 from tests.shared_cache.mini_engine import SIZE, MiniEngine, MiniRequest
 from tests.shared_cache.test_plan import SIZE as BLOCK
@@ -18,8 +23,26 @@ NO_LEASE = HostLease(0, ())
 def ledger() -> RequestLedger:
     ledger = RequestLedger(BLOCK, FakeClock())
     for id_, num_tokens in ((1, 5 * BLOCK), (2, 3 * BLOCK)):
-        ledger.matched(id_, chain(num_tokens), 0, NO_LEASE, tenant=b"payer")
+        prompt = Prompt(range(num_tokens), chain(num_tokens), b"payer")
+        ledger.matched(id_, prompt, 0, StagedPrefix(NO_LEASE))
     return ledger
+
+
+def take_saves(
+    ledger: RequestLedger,
+    new: Sequence[RequestData],
+    cached: Sequence[RequestData],
+    max_blocks: int | None = None,
+) -> tuple[SaveRun, ...]:
+    """One turn's saves, `max_blocks` of all requests together."""
+    runs = []
+    for is_new, reports in ((True, new), (False, cached)):
+        for report in reports:
+            run = ledger.take_save(report, is_new, max_blocks)
+            if run is not None:
+                runs.append(run)
+                max_blocks = None if max_blocks is None else max_blocks - run.num_blocks
+    return tuple(runs)
 
 
 def places(runs: tuple[SaveRun, ...]) -> list[tuple[int, int]]:
@@ -30,16 +53,16 @@ def places(runs: tuple[SaveRun, ...]) -> list[tuple[int, int]]:
 def test_blocks_beyond_the_limit_wait_for_later_turns_in_order(ledger: RequestLedger) -> None:
     new = [first(1, 5 * BLOCK, 0, 5 * BLOCK), first(2, 3 * BLOCK, 0, 3 * BLOCK, start=50)]
     ledger.begin_turn(new)
-    one = ledger.take_saves(new, [], max_blocks=2)
+    one = take_saves(ledger, new, [], max_blocks=2)
     assert places(one) == [(0, 2)]
     cached = [later(1, 5 * BLOCK), later(2, 3 * BLOCK)]
     ledger.begin_turn([])
-    two = ledger.take_saves([], cached, max_blocks=4)
+    two = take_saves(ledger, [], cached, max_blocks=4)
     assert places(two) == [(2, 3), (0, 1)]
     assert two[0].parent == one[0].hashes[-1]
     assert list(two[0].device_blocks) == [102, 103, 104]
     ledger.begin_turn([])
-    three = ledger.take_saves([], [later(1, 5 * BLOCK + 1), later(2, 3 * BLOCK + 1)])
+    three = take_saves(ledger, [], [later(1, 5 * BLOCK + 1), later(2, 3 * BLOCK + 1)])
     assert places(three) == [(1, 2)]
     assert three[0].hashes == tuple(chain(3 * BLOCK).hashes[1:])
     assert {run.tenant for run in (*one, *two, *three)} == {b"payer"}
@@ -51,15 +74,15 @@ def test_blocks_beyond_the_limit_wait_for_later_turns_in_order(ledger: RequestLe
 def test_with_no_room_at_all_nothing_is_saved_and_nothing_forgotten(ledger: RequestLedger) -> None:
     new = [first(1, 5 * BLOCK, 0, 5 * BLOCK)]
     ledger.begin_turn(new)
-    assert ledger.take_saves(new, [], max_blocks=0) == ()
+    assert take_saves(ledger, new, [], max_blocks=0) == ()
     ledger.begin_turn([])
-    assert places(ledger.take_saves([], [later(1, 5 * BLOCK)])) == [(0, 5)]
+    assert places(take_saves(ledger, [], [later(1, 5 * BLOCK)])) == [(0, 5)]
 
 
 def test_what_waits_when_its_request_ends_is_lost_and_told_once(ledger: RequestLedger) -> None:
     new = [first(1, 5 * BLOCK, 0, 5 * BLOCK)]
     ledger.begin_turn(new)
-    ledger.take_saves(new, [], max_blocks=2)
+    take_saves(ledger, new, [], max_blocks=2)
     ledger.forget(1)
     assert (ledger.take_lost(), ledger.take_lost()) == (3, 0)
 
@@ -69,10 +92,10 @@ def test_what_waits_from_turns_that_went_well_is_saved_when_its_request_ends(
 ) -> None:
     new = [first(1, 5 * BLOCK, 0, 3 * BLOCK)]
     ledger.begin_turn(new)
-    assert places(ledger.take_saves(new, [], max_blocks=1)) == [(0, 1)]
+    assert places(take_saves(ledger, new, [], max_blocks=1)) == [(0, 1)]
     ledger.begin_turn([])
     rest = [later(1, 3 * BLOCK, scheduled=2 * BLOCK)]
-    assert ledger.take_saves([], rest, max_blocks=0) == ()
+    assert take_saves(ledger, [], rest, max_blocks=0) == ()
     ledger.finish(1)
     assert places(ledger.take_early_saves()) == [(1, 2)]
     assert ledger.take_early_saves() == ()
@@ -82,7 +105,7 @@ def test_what_waits_from_turns_that_went_well_is_saved_when_its_request_ends(
 def test_what_was_not_computed_is_not_lost(ledger: RequestLedger) -> None:
     new = [first(1, 5 * BLOCK, 0, 2 * BLOCK + 1)]
     ledger.begin_turn(new)
-    assert places(ledger.take_saves(new, [])) == [(0, 2)]
+    assert places(take_saves(ledger, new, [])) == [(0, 2)]
     ledger.forget(1)
     assert ledger.take_lost() == 0
 

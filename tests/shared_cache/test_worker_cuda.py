@@ -1,5 +1,7 @@
 """The worker on a real GPU: copies are ordered with the forward passes though nobody waits."""
 
+import gc
+import threading
 from array import array
 from collections.abc import Iterator
 
@@ -8,12 +10,13 @@ import pytest
 import torch
 
 from shared_cache.config import CacheConfig
-from shared_cache.connector.transfers import SaveRun, TransferPlan
+from shared_cache.connector.transfers import Load, SaveRun, TransferPlan, pack_loads
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.hashing import BlockHash, BlockHashChain
+from shared_cache.host.interface import Place
 from shared_cache.host.local import LocalHostTier
 from shared_cache.staging import SharedCache
-from tests.shared_cache.fakes import await_published, num_in_host
+from tests.shared_cache.fakes import WAIT_S, await_published, num_in_host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,6 +95,28 @@ def test_the_engine_waits_for_no_save_when_memory_is_pinned(cache: SharedCache) 
     assert num_in_host(cache, hashes_of(0)) == BLOCKS_PER_TURN
 
 
+def test_a_worker_that_nobody_holds_frees_the_pool(
+    cache: SharedCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorRT-LLM closes no worker; the one that comes next pins the same memory again."""
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        pool = torch.zeros((2 * BLOCKS_PER_TURN, BLOCK_BYTES), dtype=torch.uint8, device="cuda")
+        worker = SharedCacheWorker(cache)
+        worker.register_kv_caches(pool)
+        (thread,) = [one for one in threading.enumerate() if one.name == "kvcommons-copied"]
+        worker.bind_connector_meta(TransferPlan(saves=plan_of(0, ()).saves))
+        worker.start_load_kv(torch.cuda.current_stream())
+        worker.wait_for_save(torch.cuda.current_stream())
+        del worker, pool
+        await_published(cache)
+        gc.collect()
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+        assert torch.cuda.memory_allocated() == before
+    assert "does not pin" not in caplog.text
+
+
 def hashes_of(turn: int) -> list[BlockHash]:
     return BlockHashChain(1, tokens=range(turn * 100, turn * 100 + BLOCKS_PER_TURN)).hashes
 
@@ -116,10 +141,11 @@ def slots_of(turn: int, sources: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def plan_of(turn: int, sources: tuple[int, ...]) -> TransferPlan:
-    pairs = array("I")
+    loads = []
     if turn % 2 == 0:
-        for index, slot in enumerate(slots_of(turn, sources)):
-            pairs.extend((slot, BLOCKS_PER_TURN + index))
+        numbers = [slot // (BLOCK_BYTES // 4096) for slot in slots_of(turn, sources)]
+        place = Place(b"", array("I", numbers))
+        loads.append(Load([place], range(BLOCKS_PER_TURN, 2 * BLOCKS_PER_TURN)))
     hashes = hashes_of(turn)
     blocks = array("I", range(BLOCKS_PER_TURN)).tobytes()
-    return TransferPlan(pairs.tobytes(), (SaveRun(hashes[0], b"".join(hashes), blocks),))
+    return TransferPlan(pack_loads(loads), (SaveRun(hashes[0], b"".join(hashes), blocks),))
