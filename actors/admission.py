@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from actors.engine import Engine, GenerationRequest, Receipt, TokenChunk
-from shared_cache.hashing import BlockHash, block_hashes
+from shared_cache.hashing import BlockHash, ReuseScope, block_hashes
 from shared_cache.host.interface import HostLease
-from shared_cache.staging import SharedCache, StagedPrefix
+from shared_cache.prefix_cache import PrefixCache, StagedPrefix
 
 STAGED_BATCHES = 2
 """Requests that may be in the engine without a first token, in engine batches: one that runs its
@@ -38,18 +38,23 @@ NOTHING = StagedPrefix(HostLease(-1, ()))
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The blocks of one request that may be loaded, and until when it waits for them."""
+    """The blocks of one request that may be loaded, and until when it waits for them.
+
+    `own_hashes` are those in the request's own scope, `hashes` those under which they are stored,
+    in `scope`.
+    """
 
     engine: Engine
-    cache: SharedCache
-    request: GenerationRequest
+    cache: PrefixCache
+    own_hashes: Sequence[BlockHash]
     hashes: Sequence[BlockHash]
+    scope: ReuseScope
     until_s: float
 
     def lease(self) -> StagedPrefix:
         """What is here of it now, the device's blocks left out."""
-        first = self.engine.num_device_blocks(self.hashes)
-        return self.cache.lease(self.hashes, first, self.request.scope)
+        first = self.engine.num_device_blocks(self.own_hashes)
+        return self.cache.lease(self.hashes, first, self.scope)
 
     def grown(self, staged: StagedPrefix) -> StagedPrefix:
         """`staged`, and what arrives in time of the rest."""
@@ -98,15 +103,13 @@ class StagingQueue:
     async def _first_chunk(
         self,
         engine: Engine,
-        cache: SharedCache,
+        cache: PrefixCache,
         request: GenerationRequest,
         stream: AsyncGenerator[TokenChunk, None],
     ) -> TokenChunk | None:
-        hashes = _reusable_hashes(engine, request)
+        wanted = _wanted(engine, cache, request)
         async with AsyncExitStack() as held:
-            if hashes:
-                until_s = time.monotonic() + cache.deadline_s
-                wanted = _Wanted(engine, cache, request, hashes, until_s)
+            if wanted is not None:
                 staged = await self._staged(wanted, held)
             else:
                 staged = NOTHING
@@ -176,13 +179,17 @@ class StagingQueue:
         return grown
 
 
-def _reusable_hashes(engine: Engine, request: GenerationRequest) -> Sequence[BlockHash]:
-    """The blocks that may be loaded: whole ones, leaving a token to compute."""
+def _wanted(engine: Engine, cache: PrefixCache, request: GenerationRequest) -> _Wanted | None:
+    """The blocks that may be loaded, if any: whole ones, leaving a token to compute."""
     tokens, block = request.prompt_token_ids, engine.namespace.layout.tokens_per_block
     num_blocks = (len(tokens) - 1) // block
     if num_blocks < 1 or len(tokens) > engine.max_total_tokens:
-        return ()
-    return block_hashes(tokens[: num_blocks * block], block, request.scope)
+        return None
+    reusable, scope = tokens[: num_blocks * block], engine.storage_scope(request.scope)
+    own = hashes = block_hashes(reusable, block, request.scope)
+    if scope != request.scope:
+        hashes = block_hashes(reusable, block, scope)
+    return _Wanted(engine, cache, own, hashes, scope, time.monotonic() + cache.deadline_s)
 
 
 async def _acquired(queue: asyncio.Semaphore, until_s: float) -> bool:
@@ -201,7 +208,7 @@ async def _acquired(queue: asyncio.Semaphore, until_s: float) -> bool:
 
 
 async def _result(
-    running: "Future[StagedPrefix]", cache: SharedCache, timeout_s: float | None
+    running: "Future[StagedPrefix]", cache: PrefixCache, timeout_s: float | None
 ) -> StagedPrefix:
     """What `running` gives, or nothing when time runs out; what comes too late is given back."""
     result = asyncio.wrap_future(running)
@@ -215,7 +222,7 @@ async def _result(
             running.add_done_callback(partial(_release_late, cache))
 
 
-def _release_late(cache: SharedCache, running: "Future[StagedPrefix]") -> None:
+def _release_late(cache: PrefixCache, running: "Future[StagedPrefix]") -> None:
     """Give back what was leased for a request that has gone meanwhile, or goes on without."""
     if not running.cancelled() and running.exception() is None:
         cache.release(running.result())

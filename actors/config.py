@@ -1,23 +1,45 @@
 """Settings of a replica and its engine, with TensorRT-LLM's names where the meaning is the same."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ByteSize, Field, model_validator
 
 from shared_cache.config import CacheConfig, Settings
+
+DEFAULT_POOL_TOKENS = 16384
+
+TrtllmMode = Literal["shared", "offload", "ngram", "plain"]
+"""What a TensorRT-LLM engine does besides serving; they exclude one another there."""
 
 
 class KvCacheConfig(Settings):
     """The engine's own KV pool (`KvCacheConfig` in TensorRT-LLM)."""
 
     tokens_per_block: int = Field(32, ge=1, le=1024, description="tokens in one block")
-    max_tokens: int = Field(16384, ge=1, description="tokens that the pool holds")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that the pool holds; default: 16384 in the embedded engine, in "
+        "TensorRT-LLM what `free_gpu_memory_fraction` leaves",
+    )
+    free_gpu_memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="TensorRT-LLM only: part of the memory left after loading the model that the "
+        "pool takes (its default: 0.9); with `max_tokens`, the smaller one counts",
+    )
     enable_block_reuse: bool = Field(
         True, description="keep finished blocks on the device and use them again"
     )
     host_cache_size: ByteSize | None = Field(
         None, description="host memory of this engine alone for evicted blocks; excludes `cache`"
     )
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the embedded engine's pool holds."""
+        return DEFAULT_POOL_TOKENS if self.max_tokens is None else self.max_tokens
 
 
 class NGramConfig(Settings):
@@ -33,10 +55,24 @@ class NGramConfig(Settings):
 class EngineConfig(Settings):
     """One engine."""
 
-    kind: Literal["torch"] = "torch"
-    device: str = Field("cpu", description="torch device")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of weights and KV; on a CPU float32 keeps greedy output exact"
+    kind: Literal["torch", "trtllm"] = Field(
+        "torch", description="torch: the embedded engine; trtllm: TensorRT-LLM"
+    )
+    device: str = Field(
+        "cpu", description="torch device; TensorRT-LLM takes the GPUs that Ray gives its replica"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of weights and KV; auto: float32 in the embedded engine, which keeps greedy "
+        "output exact on a CPU, the model's own in TensorRT-LLM",
+    )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="GPUs of one machine that share a model; TensorRT-LLM only"
+    )
+    llm_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further keyword arguments of TensorRT-LLM's `LLM(...)`, passed on as they "
+        "are; those under `kv_cache_config` go to its `KvCacheConfig`",
     )
     max_batch_size: int = Field(8, ge=1, description="requests that run at the same time")
     max_waiting_requests: int = Field(
@@ -49,6 +85,11 @@ class EngineConfig(Settings):
     torch_threads: int | None = Field(None, ge=1, description="default: torch's own choice")
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     speculative_config: NGramConfig | None = None
+
+    @property
+    def torch_dtype(self) -> str:
+        """The embedded engine's dtype."""
+        return "float32" if self.dtype == "auto" else self.dtype
 
     @property
     def max_outstanding(self) -> int:
@@ -71,6 +112,44 @@ class EngineConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_engine_s_settings(self) -> "EngineConfig":
+        problem = _not_for_torch(self) if self.kind == "torch" else _not_for_trtllm(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+
+def _not_for_torch(engine: EngineConfig) -> str | None:
+    """What only TensorRT-LLM can do of these settings."""
+    kv = engine.kv_cache_config
+    given = {
+        "tensor_parallel_size": engine.tensor_parallel_size != 1,
+        "llm_args": bool(engine.llm_args),
+        "kv_cache_config.free_gpu_memory_fraction": kv.free_gpu_memory_fraction is not None,
+    }
+    names = ", ".join(name for name, is_given in given.items() if is_given)
+    if not names:
+        return None
+    return f"the embedded engine has no {names}: remove that, or set kind: trtllm"
+
+
+def _not_for_trtllm(engine: EngineConfig) -> str | None:
+    """What TensorRT-LLM cannot do of these settings."""
+    if engine.device != "cpu":
+        return (
+            f"kind: trtllm takes the GPUs that Ray gives the replica, so it cannot heed device "
+            f"({engine.device}): remove it and set tensor_parallel_size"
+        )
+    if engine.torch_threads is not None:
+        return "kind: trtllm computes on GPUs, so it cannot heed torch_threads: remove it"
+    if engine.speculative_config is not None and engine.kv_cache_config.host_cache_size is not None:
+        return (
+            "kind: trtllm does one of two: keep evicted blocks in host memory "
+            "(kv_cache_config.host_cache_size) or draft n-grams (speculative_config); remove one"
+        )
+    return None
+
 
 class ModelSource(Settings):
     """Weights on this machine and what identifies them everywhere.
@@ -90,6 +169,27 @@ class ReplicaConfig(Settings):
     model: ModelSource
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig | None = None
+
+    @property
+    def trtllm_mode(self) -> TrtllmMode:
+        """What a TensorRT-LLM engine with these settings does besides serving."""
+        if self.cache is not None:
+            return "shared"
+        if self.engine.kv_cache_config.host_cache_size is not None:
+            return "offload"
+        return "plain" if self.engine.speculative_config is None else "ngram"
+
+    @model_validator(mode="after")
+    def _no_drafts_beside_a_connector(self) -> "ReplicaConfig":
+        engine = self.engine
+        drafts = engine.speculative_config is not None or "speculative_config" in engine.llm_args
+        if engine.kind == "trtllm" and self.cache is not None and drafts:
+            raise ValueError(
+                "cache and engine.speculative_config exclude one another with kind: trtllm: "
+                "TensorRT-LLM 1.2 refuses drafts beside a KV cache connector, and later versions "
+                "can hang; remove one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_host_tier(self) -> "ReplicaConfig":

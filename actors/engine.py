@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+from actors.cache_changes import CacheChanges as CacheChanges
 from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.namespace import Namespace
-from shared_cache.staging import SharedCache
+from shared_cache.prefix_cache import PrefixCache
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -150,14 +151,17 @@ class EngineStats:
 class Engine(Protocol):
     """One model on one device or group of devices."""
 
-    namespace: Namespace
-    """What the bytes of this engine's blocks mean."""
+    @property
+    def namespace(self) -> Namespace:
+        """What the bytes of this engine's blocks mean."""
 
-    cache: SharedCache | None
-    """What the replica stages prefixes with; None when the engine shares nothing."""
+    @property
+    def cache(self) -> PrefixCache | None:
+        """What the replica stages prefixes with; None when the engine shares nothing."""
 
-    max_total_tokens: int
-    """The longest prompt plus output that fits the model and the pool, in tokens."""
+    @property
+    def max_total_tokens(self) -> int:
+        """The longest prompt plus output that fits the model and the pool, in tokens."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream the continuation; closing the generator aborts the request.
@@ -167,11 +171,26 @@ class Engine(Protocol):
         `computed`; the replica, which staged the prefix, splits `host` into host and shared.
         """
 
+    def storage_scope(self, scope: ReuseScope) -> ReuseScope:
+        """The scope under which this engine's blocks of a request in `scope` are stored.
+
+        Most often `scope` itself. An engine that tells its connector less than that, or in other
+        words, says here what the connector will make of it: what is staged must be what is matched.
+        """
+
     def num_device_blocks(self, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks are on the device now, so that nobody need stage them.
 
+        `hashes` are those of a prompt in its request's own scope.
+
         A hint, cheap, from any thread: they may be gone before the request starts, and are then
         computed again. 0 when the engine cannot tell.
+        """
+
+    def take_cache_changes(self) -> CacheChanges:
+        """What the engine's own memory got and lost since the last call; empty if it cannot tell.
+
+        Not for an event loop. What other memory of the replica still holds is not called removed.
         """
 
     def stats(self) -> EngineStats:

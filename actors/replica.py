@@ -19,7 +19,7 @@ from typing import Literal
 
 from actors.admission import StagingQueue
 from actors.config import ReplicaConfig
-from actors.engine import Engine, EngineStats, GenerationRequest, TokenChunk
+from actors.engine import CacheChanges, Engine, EngineStats, GenerationRequest, TokenChunk
 from actors.streams import batches
 from shared_cache.cache_stats import CacheStats
 from shared_cache.errors import (
@@ -124,7 +124,7 @@ class EngineReplica:
         engine = self._built()
         if engine is None:
             return health
-        host_slots = engine.cache.host.num_slots if engine.cache else 0
+        host_slots = engine.cache.num_blocks if engine.cache else 0
         return replace(
             health,
             cache_blocks=max(engine.stats().kv_cache.max_num_blocks, host_slots),
@@ -142,6 +142,13 @@ class EngineReplica:
             engine=engine.stats() if engine else None,
             cache=await asyncio.to_thread(cache.stats) if cache else None,
         )
+
+    async def cache_changes(self) -> CacheChanges:
+        """What the engine's own memory got and lost since the last call, for the router."""
+        engine = self._built()
+        if engine is None or not engine.is_alive():
+            return CacheChanges()
+        return await asyncio.to_thread(engine.take_cache_changes)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stage the prefix, then stream the continuation; closing this aborts the request.
@@ -202,10 +209,12 @@ class EngineReplica:
         self._state = "closed"
         await asyncio.wait([asyncio.wrap_future(self._engine)])
         engine = self._built()
-        if engine is not None:
-            await asyncio.to_thread(engine.close)
-        self._threads.shutdown(wait=False)
-        self._staging.close()
+        try:
+            if engine is not None:
+                await asyncio.to_thread(engine.close)
+        finally:
+            self._threads.shutdown(wait=False)
+            self._staging.close()
 
     def _built(self) -> Engine | None:
         done = self._engine.done() and not self._engine.cancelled()

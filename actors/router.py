@@ -10,40 +10,14 @@ import random
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from pydantic import Field
-
-from actors.engine import Receipt
+from actors.engine import CacheChanges, Receipt
 from actors.reservations import Reservation, Reservations
+from actors.router_config import RouterConfig as RouterConfig
 from actors.routing import PrefixIndex, PromptView, ReplicaView, WorkModel, make_policy
-from shared_cache.config import Settings
 from shared_cache.hashing import BlockHash
 
 SHARED_TIER = "shared tier"
-
-
-class RouterConfig(Settings):
-    """How replicas are chosen."""
-
-    policy: Literal["prefix", "round_robin", "random", "least_outstanding"] = Field(
-        "prefix", description="prefix: longest known prefix corrected by load"
-    )
-    fetch_cost: float = Field(
-        0.1, ge=0, le=1, description="work of a token from the shared tier; computing it is 1"
-    )
-    outstanding_cost: float = Field(
-        32.0, ge=0, description="work, in tokens, that each running request of a replica counts"
-    )
-    reservation_timeout_s: float = Field(
-        600.0, gt=0, description="a booking without a first token for so long is dropped"
-    )
-    stream_timeout_s: float = Field(
-        21600.0, gt=0, description="a stream whose end nobody reports for so long is no load"
-    )
-    shared_index_blocks: int = Field(
-        1 << 20, ge=1, description="blocks that the router remembers of the shared tier"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +129,17 @@ class Router:
         """Forget a replica that will not come back; an unknown one is no error."""
         self._forget(replica_id)
         self._replicas.pop(replica_id, None)
+
+    def cache_changed(self, replica_id: str, boot_id: str, changes: CacheChanges) -> bool:
+        """Believe what a replica's engine says of its own memory; False when it is late.
+
+        A report about another boot than the current one is about memory that is gone.
+        """
+        replica = self._replicas.get(replica_id)
+        if replica is None or not replica.alive or replica.boot_id != boot_id:
+            return False
+        self._index.apply(replica_id, changes)
+        return True
 
     def route(
         self, hashes: Sequence[BlockHash], num_prompt_tokens: int, avoid: Collection[str] = ()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from actors.cache_changes import CacheChanges
 from shared_cache.hashing import BlockHash
 
 
@@ -176,6 +177,18 @@ class PrefixIndex:
         if known is not None:
             known.forget(block_hash)
 
+    def apply(self, holder: str, changes: CacheChanges) -> None:
+        """Believe what a holder tells of itself; for an unknown holder, nothing."""
+        known = self._holders.get(holder)
+        if known is None:
+            return
+        if changes.is_cleared:
+            known = self._holders[holder] = _Holder(known.capacity)
+        for block_hash in changes.removed:
+            known.forget(block_hash)
+        for chain in changes.stored:
+            known.add(chain)
+
     def depth(self, holder: str, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks of `hashes` the holder is believed to have."""
         known = self._holders.get(holder)
@@ -202,12 +215,12 @@ class _Holder:
     Tuples, because nearly all blocks have one child, and there may be a million of them.
     """
 
-    __slots__ = ("_capacity", "_children", "parents")
+    __slots__ = ("_children", "capacity", "parents")
 
     def __init__(self, capacity: int) -> None:
         self.parents: OrderedDict[BlockHash, BlockHash | None] = OrderedDict()
         self._children: dict[BlockHash, tuple[BlockHash, ...]] = {}
-        self._capacity = capacity
+        self.capacity = capacity
 
     def add(self, hashes: Sequence[BlockHash]) -> None:
         for index in range(len(hashes) - 1, -1, -1):
@@ -215,7 +228,7 @@ class _Holder:
             if block_hash not in self.parents:
                 self._insert(block_hash, hashes[index - 1] if index else None)
             self.parents.move_to_end(block_hash)
-        while len(self.parents) > self._capacity:
+        while len(self.parents) > self.capacity:
             self.forget(next(iter(self.parents)))  # it has no descendants: those are older
 
     def forget(self, block_hash: BlockHash) -> None:

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.config import expand_store_url, load_config
+from cluster.config import load_config
 from shared_cache.config import CacheConfig
 from shared_cache.errors import ConfigError
 from shared_cache.namespace import Namespace
+from shared_cache.settings_file import expand_store_url
 from shared_cache.upkeep.whole_store import FoundNamespace, WholeStore
 
 

@@ -1,7 +1,8 @@
 """`kvcommons up|status|down`: the endpoint in the background, on the Ray of this machine.
 
-`kvcommons cache ...` looks after the store behind it (see `cache_cli`). Errors that a person can
-mend are one line on stderr and exit status 1 (of `cache`: 2), not a stack trace.
+`kvcommons cache ...` looks after the store behind it (see `cache_cli`), `kvcommons doctor` at what
+an engine needs on this machine (see `doctor`). Errors that a person can mend are one line on stderr
+and exit status 1 (of `cache`: 2), not a stack trace.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import ray
 from rich.console import Console
 
 from actors.replica import ReplicaStats
-from cluster import cache_cli
+from cluster import cache_cli, doctor
 from cluster.clients import NamedActor, RayRouterClient
 from cluster.config import ClusterConfig, load_config
 from cluster.ray_session import attach_ray
@@ -40,12 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     text = "look at a store and look after it"
     cache_cli.add_commands(commands.add_parser("cache", help=text, description=text))
+    text = "look at what an engine needs on this machine"
+    doctor.add_arguments(commands.add_parser("doctor", help=text, description=text))
     parsed = parser.parse_args(arguments)
     if parsed.command == "cache":
         return cache_cli.run(parsed)
-    options = vars(parsed)
-    run, config = _COMMANDS[options.pop("command")][0], options.pop("config")
     try:
+        if parsed.command == "doctor":
+            return doctor.run(parsed)
+        options = vars(parsed)
+        run, config = _COMMANDS[options.pop("command")][0], options.pop("config")
         return run(load_config(config), **options)
     except KvcommonsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from actors.router import Router, RouterSnapshot
 from cluster.arena_owners import ArenaOwners
 from cluster.clients import RAY_NAMESPACE, connect, raise_as_ours
 from cluster.config import ClusterConfig
+from cluster.ray_resources import await_resources
 from cluster.ray_session import join_ray
 from cluster.watch import Watcher
 from shared_cache.errors import ConfigError, KvcommonsError
@@ -36,7 +37,8 @@ SPARE_STREAMS = 64
 """Streams beyond those that a replica takes, so that it can say so to the others."""
 
 SNAPSHOT_TIMEOUT_S = 10.0
-FREE_CPUS_TIMEOUT_S = 15.0
+CLOSE_ENGINES_TIMEOUT_S = 150.0
+"""Longest wait for engines to shut down and for their GPU memory to get free."""
 
 
 class EngineReplica(replica.EngineReplica):
@@ -51,6 +53,8 @@ class EngineReplica(replica.EngineReplica):
     stats = ray.method(concurrency_group="control")(replica.EngineReplica.stats)
     drain = ray.method(concurrency_group="control")(replica.EngineReplica.drain)
     flush = ray.method(concurrency_group="control")(replica.EngineReplica.flush)
+    close = ray.method(concurrency_group="control")(replica.EngineReplica.close)
+    cache_changes = ray.method(concurrency_group="control")(replica.EngineReplica.cache_changes)
 
 
 class Cluster:
@@ -133,6 +137,7 @@ class Cluster:
             drain_timeout_s = self.config.lifecycle.drain_timeout_s
         if ray.is_initialized():
             self._drain(drain_timeout_s)
+            self._close_engines()
             self._kill()
             if self._owns_ray:
                 ray.shutdown()
@@ -150,7 +155,7 @@ class Cluster:
         self.stop()
 
     def _launch(self, build: Callable[[ReplicaConfig], Engine] | None) -> None:
-        cpus = _cpus_that_suffice(self.config)  # of all machines; a replica heeds its own's too
+        cpus = await_resources(self.config)  # of all machines; a replica heeds its own's too
         threads = self.config.engine.torch_threads or max(1, int(cpus) // self.config.replicas)
         try:
             self._router = self._start_router()
@@ -165,7 +170,11 @@ class Cluster:
             ) from error
         self._await_ready()
         self._watcher = Watcher(
-            self._router, self._replicas, self.config.lifecycle, self._arenas.ensure
+            self._router,
+            self._replicas,
+            self.config.lifecycle,
+            self._arenas.ensure,
+            tells_changes=self.config.engine.kind == "trtllm",
         )
         self._watcher.tick()
         self._watcher.start()
@@ -187,7 +196,7 @@ class Cluster:
             name=name,
             namespace=RAY_NAMESPACE,
             num_cpus=config.num_cpus_per_replica,
-            num_gpus=config.num_gpus_per_replica,
+            num_gpus=config.gpus_per_replica,
             max_restarts=-1,
             max_concurrency=config.engine.max_outstanding + SPARE_STREAMS,
             # Ray sets OMP_NUM_THREADS to num_cpus, which is for scheduling, not for speed.
@@ -232,6 +241,22 @@ class Cluster:
             if _answer(call) is not True:
                 logger.warning("%s was not drained within %g s", name, timeout_s)
 
+    def _close_engines(self) -> None:
+        """Let those engines end by themselves that have processes of their own: a kill misses them.
+
+        Else their ranks would keep the GPUs' memory from whatever is started next.
+        """
+        if self.config.engine.kind != "trtllm":
+            return
+        calls = {handle.close.remote(): name for name, handle in self._replicas.items()}
+        if calls:
+            ray.wait(list(calls), num_returns=len(calls), timeout=CLOSE_ENGINES_TIMEOUT_S)
+        for call, name in calls.items():
+            try:
+                ray.get(call, timeout=0)
+            except (RayError, GetTimeoutError) as error:  # noqa: PERF203  # each by itself
+                logger.warning("the engine of %s did not end well: %s", name, error)
+
     def _kill(self) -> None:
         """End all actors and wait until their names are free again."""
         names = {*self._replicas, *self._arenas.names}
@@ -258,23 +283,3 @@ def _answer(call: Any) -> Any:
         return ray.get(call, timeout=0)
     except (RayError, GetTimeoutError):
         return None
-
-
-def _cpus_that_suffice(config: ClusterConfig) -> float:
-    """Ray's CPUs; raises `ConfigError` when the replicas cannot all be placed.
-
-    Waits a little for CPUs that are just being freed, by a cluster that was stopped before.
-    """
-    cpus = float(ray.cluster_resources().get("CPU", 0.0))
-    needed = config.replicas * config.num_cpus_per_replica
-    deadline_s = time.monotonic() + FREE_CPUS_TIMEOUT_S
-    while needed > (free := float(ray.available_resources().get("CPU", 0.0))):
-        if needed > cpus or time.monotonic() > deadline_s:
-            raise ConfigError(
-                f"{config.replicas} replicas with num_cpus_per_replica: "
-                f"{config.num_cpus_per_replica:g} need {needed:g} CPUs, but Ray has {cpus:g}, of "
-                f"which {free:g} are free; stop what uses the others, or lower `replicas` or "
-                "`num_cpus_per_replica` (0.5 is fine: it only schedules)"
-            )
-        time.sleep(0.1)
-    return cpus

@@ -6,17 +6,16 @@ folder is overwritten, a branch moves. So every way in (alias, folder, hub id) e
 what is missing is said here, before any actor starts.
 """
 
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import platformdirs
-
 from actors.config import ModelSource
-from cluster.model_digest import content_digest
+from cluster.model_progress import Preparation
 from cluster.model_wheel import resolve_smollm2
 from shared_cache.errors import ModelError
+from shared_cache.model_digest import content_digest, default_cache_dir, weight_files
 
 ALIASES: dict[str, Callable[[Path], ModelSource]] = {"smollm2-135m": resolve_smollm2}
 """Names that stand for a model which is fetched and prepared when first used."""
@@ -24,15 +23,6 @@ ALIASES: dict[str, Callable[[Path], ModelSource]] = {"smollm2-135m": resolve_smo
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def default_cache_dir() -> Path:
-    """The folder for prepared models and digests of others.
-
-    `KVCOMMONS_CACHE_DIR`, which is read nowhere else, moves it.
-    """
-    moved = os.environ.get("KVCOMMONS_CACHE_DIR")
-    return Path(moved) if moved else Path(platformdirs.user_cache_dir("kvcommons"))
 
 
 def resolve_model(name_or_path: str, cache_dir: Path | None = None) -> ModelSource:
@@ -70,23 +60,28 @@ def _resolve_local(folder: Path, cache_dir: Path) -> ModelSource:
             "files there, or write the folder again with transformers' `save_pretrained`"
         )
     resolved = folder.resolve()
-    revision = content_digest(resolved, _weight_files(resolved), cache_dir)
+    revision = content_digest(resolved, weight_files(resolved), cache_dir, _shown(resolved.name))
     return ModelSource(name=resolved.name, path=str(resolved), revision=revision)
+
+
+def _shown(model: str) -> Callable[[str], AbstractContextManager[None]]:
+    """Shows, with a display of its own for each, the steps of preparing `model`."""
+
+    @contextmanager
+    def show(what: str) -> Iterator[None]:
+        with Preparation(model) as progress, progress.step(what):
+            yield
+
+    return show
 
 
 def _missing_parts(folder: Path) -> list[str]:
     parts = {
         "config.json": (folder / "config.json").is_file(),
-        "weights (*.safetensors or pytorch_model*.bin)": bool(_weight_files(folder)),
+        "weights (*.safetensors or pytorch_model*.bin)": bool(weight_files(folder)),
         "a tokenizer (tokenizer.json)": any((folder / name).is_file() for name in TOKENIZER_FILES),
     }
     return [part for part, is_there in parts.items() if not is_there]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """What transformers would load: safetensors files, else pickled ones; sorted by name."""
-    found = folder.glob("*.safetensors"), folder.glob("pytorch_model*.bin")
-    return next((files for files in map(sorted, found) if files), [])
 
 
 def _resolve_hub(hub_id: str) -> ModelSource:

@@ -79,7 +79,8 @@ class ReplicaWatch:
 class Watcher:
     """A thread that keeps the router's list of replicas true; `stop` ends it.
 
-    `also` is called every period too: what else has to be kept true.
+    `also` is called every period too: what else has to be kept true. `tells_changes`: engines know
+    what their pools hold, and the router is told every period.
 
     Every period each replica is asked for its health. Registering again is a no-op for the router,
     so one that was restarted, or that was told a false alarm, knows the replicas again at once.
@@ -91,11 +92,13 @@ class Watcher:
         replicas: Mapping[str, Any],
         lifecycle: LifecycleConfig,
         also: Callable[[], None] = lambda: None,
+        tells_changes: bool = False,
     ) -> None:
         now_s = time.monotonic()
         self._router = router
         self._replicas = replicas
         self._also = also
+        self._changes = _Changes(router, replicas if tells_changes else {})
         self._period_s = lifecycle.health_period_s
         self._watches = {name: ReplicaWatch(lifecycle, now_s) for name in replicas}
         self._asked: dict[Any, str] = {}
@@ -125,6 +128,7 @@ class Watcher:
         answered, _ = ray.wait(
             list(self._asked), num_returns=len(self._asked), timeout=self._period_s
         )
+        self._changes.tell()
         for call in answered:
             self._act(self._asked.pop(call), call)
         for name in self._asked.values():
@@ -157,8 +161,42 @@ class Watcher:
         for action in actions:
             if action.verb == "register":
                 self._router.register.remote(name, action.boot_id, action.cache_blocks)
+                self._changes.ask(name, action.boot_id)
             elif action.verb == "mark_dead":
                 self._router.mark_dead.remote(name, action.boot_id)
             else:
                 logger.warning("restarting %s", name)
                 ray.kill(self._replicas[name], no_restart=False)
+
+
+class _Changes:
+    """Carries what engines' pools got and lost to the router.
+
+    Only what has arrived is handed on: a call of the router that waited for a replica's answer
+    would hold up all later ones, among them that this replica is dead.
+    """
+
+    def __init__(self, router: Any, replicas: Mapping[str, Any]) -> None:
+        self._router = router
+        self._replicas = replicas
+        self._asked: dict[Any, tuple[str, str]] = {}
+
+    def ask(self, name: str, boot_id: str) -> None:
+        """Ask a replica, unless it still owes an answer."""
+        if name in self._replicas and all(name != asked for asked, _ in self._asked.values()):
+            self._asked[self._replicas[name].cache_changes.remote()] = (name, boot_id)
+
+    def tell(self) -> None:
+        """Tell the router what has been answered; never waits."""
+        if not self._asked:
+            return
+        calls = list(self._asked)
+        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+        for call in answered:
+            name, boot_id = self._asked.pop(call)
+            try:
+                changes = ray.get(call)
+            except RayError:  # it died, or its engine did not answer: the watch sees to that
+                continue
+            if changes:
+                self._router.cache_changed.remote(name, boot_id, changes)

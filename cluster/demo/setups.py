@@ -49,7 +49,7 @@ def kv_cache_bytes(model: ModelSource, engine: EngineConfig, num_tokens: int) ->
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     values = 2 * config["num_hidden_layers"] * kv_heads * head_dim
-    return int(num_tokens * values * DTYPE_BYTES[engine.dtype])
+    return int(num_tokens * values * DTYPE_BYTES[engine.torch_dtype])
 
 
 def roomy_pool(config: ClusterConfig, num_tokens: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def roomy_pool(config: ClusterConfig, num_tokens: int) -> dict[str, Any]:
     kv = config.engine.kv_cache_config
     needed = num_tokens + kv.tokens_per_block
     return {
-        "max_tokens": max(kv.max_tokens, needed),
+        "max_tokens": max(kv.pool_tokens, needed),
         "enable_block_reuse": True,
         "host_cache_size": None,
     }

@@ -5,7 +5,7 @@ import random
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from actors.engine import Receipt
+from actors.engine import CacheChanges, Receipt
 from actors.router import Router, RouterConfig
 from shared_cache.hashing import block_hashes
 
@@ -53,6 +53,34 @@ def test_a_burst_does_not_herd_because_choices_are_booked():
     router.register("b", "1", CACHE_BLOCKS)
     picks = [route(router, range(i * 100, i * 100 + 80)).replica_id for i in range(6)]
     assert picks.count("a") == picks.count("b") == 3
+
+
+def known(router: Router, replica_id: str, tokens: range) -> int:
+    return router._index.depth(replica_id, hashes_of(*tokens))
+
+
+def test_what_an_engine_tells_of_itself_is_believed():
+    router = make_router(shares=False)
+    router.register("a", "1", CACHE_BLOCKS)
+    chain = tuple(hashes_of(*range(16)))
+    assert router.cache_changed("a", "1", CacheChanges(stored=(chain,)))
+    assert known(router, "a", range(16)) == 4
+    assert router.cache_changed("a", "1", CacheChanges(removed=(chain[2],)))
+    assert known(router, "a", range(16)) == 2
+    assert router.cache_changed("a", "1", CacheChanges(stored=(chain[:1],), is_cleared=True))
+    assert known(router, "a", range(16)) == 1
+    assert replica(router, "a").known_blocks == 1
+
+
+def test_what_another_process_told_is_late():
+    router = make_router(shares=False)
+    router.register("a", "2", CACHE_BLOCKS)
+    told = CacheChanges(stored=(tuple(hashes_of(*range(16))),))
+    assert not router.cache_changed("a", "1", told)
+    assert not router.cache_changed("b", "2", told)
+    router.mark_dead("a", "2")
+    assert not router.cache_changed("a", "2", told)
+    assert known(router, "a", range(16)) == 0
 
 
 def test_a_booked_prefix_counts_as_cached_before_it_is_computed():

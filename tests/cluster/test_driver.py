@@ -203,7 +203,7 @@ def test_too_many_replicas_are_refused_at_once(ray_session):
 
 
 def test_cpus_that_others_hold_are_not_waited_for_for_ever(ray_session, monkeypatch):
-    monkeypatch.setattr("cluster.driver.FREE_CPUS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("cluster.ray_resources.FREE_RESOURCES_TIMEOUT_S", 0.2)
     holder = ray.remote(num_cpus=1)(Holder).remote()
     ray.get(holder.here.remote())
     with pytest.raises(ConfigError, match="stop what uses the others"):

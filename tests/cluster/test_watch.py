@@ -5,7 +5,9 @@ import threading
 import pytest
 from ray.exceptions import RayError
 
+from actors.engine import CacheChanges
 from actors.replica import ReplicaHealth
+from cluster import watch as watch_module
 from cluster.config import LifecycleConfig
 from cluster.watch import RESTART_PAUSE_S, ReplicaWatch, Watcher
 
@@ -59,6 +61,57 @@ def test_an_engine_that_does_not_run_is_restarted_but_not_in_a_spin(watch, state
 @pytest.mark.parametrize("state", ["starting", "draining", "closed"])
 def test_a_replica_that_is_not_ready_gets_no_requests_but_is_let_be(watch, state):
     assert verbs(watch.on_health(health("1", state), 1)) == [("mark_dead", "1")]
+
+
+class FakeCalls:
+    """An actor whose calls are noted; they return their own number."""
+
+    def __init__(self, log, method):
+        self.log, self.method = log, method
+
+    def remote(self, *arguments):
+        self.log.append((self.method, *arguments))
+        return len(self.log)
+
+
+class FakeActor:
+    def __init__(self):
+        self.log = []
+
+    def __getattr__(self, method):
+        return FakeCalls(self.log, method)
+
+
+def test_changes_go_to_the_router_once_they_have_arrived(monkeypatch):
+    router, replica, ready = FakeActor(), FakeActor(), {}
+    monkeypatch.setattr(
+        watch_module.ray, "wait", lambda calls, **_: ([c for c in calls if c in ready], None)
+    )
+    monkeypatch.setattr(watch_module.ray, "get", lambda call: ready[call]())
+    changes = watch_module._Changes(router, {"replica-0": replica})
+    changes.ask("another", "1")
+    changes.ask("replica-0", "1")
+    changes.ask("replica-0", "2")  # it still owes the first answer
+    changes.tell()
+    assert replica.log == [("cache_changes",)]
+    assert router.log == []
+    told = CacheChanges(removed=(b"x",))
+    ready[1] = lambda: told
+    changes.tell()
+    changes.tell()
+    assert router.log == [("cache_changed", "replica-0", "1", told)]
+    changes.ask("replica-0", "2")
+    ready[2] = CacheChanges
+    changes.tell()
+
+    def fail():
+        raise RayError("gone")
+
+    changes.ask("replica-0", "2")
+    ready[3] = fail
+    changes.tell()
+    assert len(router.log) == 1  # nothing new, and nothing at all
+    assert len(replica.log) == 3
 
 
 class Failing:

@@ -108,3 +108,11 @@ def test_models_that_would_run_and_be_wrong(config: Any, named: str) -> None:
 def test_a_sliding_window_that_is_never_reached_is_accepted() -> None:
     check_config(tiny_config("mistral", sliding_window=512), 512)
     check_config(tiny_config("qwen3", sliding_window=256, use_sliding_window=False), 1024)
+
+
+def test_a_transformers_that_is_too_old_is_named(
+    model_path: ModelPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.engines.version", lambda package: "4.57.1")
+    with pytest.raises(ConfigError, match=r"here is 4\.57\.1: pip install 'kvcommons\[embedded\]'"):
+        build_engine(replica(model_path()))

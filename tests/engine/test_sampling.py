@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine import SamplingParams
-from actors.engines.torch.sampling import check_sampling, sample, seed_of, uniform
+from actors.engine import GenerationRequest, SamplingParams
+from actors.engines.requests import check_sampling, seed_of
+from actors.engines.torch.sampling import sample, uniform
 from shared_cache.errors import RequestError
 
 LOGITS = torch.tensor([0.5, 0.1, 0.25, 0.15]).log()
@@ -54,7 +55,7 @@ def test_a_draw_depends_on_seed_and_position_alone(seed: int, position: int) -> 
 
 def test_draws_are_pinned_for_every_version() -> None:
     assert uniform(1, 2) == pytest.approx(PINNED_UNIFORM, abs=1e-15)
-    assert seed_of("request") == PINNED_SEED
+    assert seed_of(GenerationRequest("request", (1,))) == PINNED_SEED
 
 
 PINNED_UNIFORM = 0.6957842006978575

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from actors.engines.torch.text import TextStream
+from actors.engines.text import TextStream
 from tests.tiny_model import make_tokenizer
 
 TOKENIZER = make_tokenizer()

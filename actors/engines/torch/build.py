@@ -51,9 +51,9 @@ def _build(
 
 def _load(source: ModelSource, engine: EngineConfig) -> tuple[LoadedModel, PagedPool]:
     kv = engine.kv_cache_config
-    model = load_model(source, engine.dtype, engine.device, engine.max_seq_len)
-    layout = block_layout(model.config, kv.tokens_per_block, engine.dtype)
-    return model, allocate_pool(layout, kv.max_tokens // kv.tokens_per_block, engine.device)
+    model = load_model(source, engine.torch_dtype, engine.device, engine.max_seq_len)
+    layout = block_layout(model.config, kv.tokens_per_block, engine.torch_dtype)
+    return model, allocate_pool(layout, kv.pool_tokens // kv.tokens_per_block, engine.device)
 
 
 def _connector(cache: SharedCache, pool: PagedPool) -> ConnectorDriver:
@@ -77,9 +77,9 @@ def _cache_config(config: ReplicaConfig) -> CacheConfig | None:
 
 def _check(engine: EngineConfig, cache: CacheConfig | None) -> None:
     kv = engine.kv_cache_config
-    if kv.max_tokens < kv.tokens_per_block:
+    if kv.pool_tokens < kv.tokens_per_block:
         raise ConfigError(
-            f"kv_cache_config.max_tokens ({kv.max_tokens}) is below tokens_per_block "
+            f"kv_cache_config.max_tokens ({kv.pool_tokens}) is below tokens_per_block "
             f"({kv.tokens_per_block}): the pool would hold no block; raise it"
         )
     if cache is not None and not kv.enable_block_reuse:

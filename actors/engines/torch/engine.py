@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 
 from actors.config import EngineConfig
-from actors.engine import EngineStats, GenerationRequest, KvCacheStats, TokenChunk
+from actors.engine import CacheChanges, EngineStats, GenerationRequest, KvCacheStats, TokenChunk
 from actors.engines.torch.attention import PagedPool
 from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
@@ -19,7 +19,7 @@ from actors.engines.torch.scheduler import Limits
 from actors.engines.torch.slots import SlotPool
 from actors.engines.torch.turns import TurnLoop
 from shared_cache.errors import ModelError, ReplicaUnavailableError
-from shared_cache.hashing import BlockHash
+from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.namespace import Namespace
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,17 @@ class TorchEngine:
             if not finished:
                 self._inbox.abort(active)
 
+    def storage_scope(self, scope: ReuseScope) -> ReuseScope:
+        """See `Engine.storage_scope`: the connector sees the scope itself."""
+        return scope
+
     def num_device_blocks(self, hashes: Sequence[BlockHash]) -> int:
         """See `Engine.num_device_blocks`."""
         return self._slots.match(hashes)
+
+    def take_cache_changes(self) -> CacheChanges:
+        """See `Engine.take_cache_changes`: requests' receipts tell the router enough."""
+        return CacheChanges()
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from actors.config import NGramConfig
 from actors.engine import GenerationRequest
+from actors.engines.output import Output
+from actors.engines.requests import check_request
 from actors.engines.torch.model import LoadedModel
 from actors.engines.torch.ngram import PromptLookup
 from actors.engines.torch.request import ActiveRequest
-from actors.engines.torch.sampling import check_sampling
 from actors.engines.torch.sequence import Sequence
-from actors.engines.torch.text import TextStream
-from shared_cache.errors import ReplicaUnavailableError, RequestError
+from shared_cache.errors import ReplicaUnavailableError
 from shared_cache.hashing import BlockHashChain
 
 
@@ -42,7 +42,7 @@ class RequestFactory:
         `max_tokens` beyond the room that the prompt leaves is cut. Raises `RequestError`.
         """
         prompt, sampling = request.prompt_token_ids, request.sampling
-        self._check(request)
+        check_request(request, self._model.vocab_size, self._max_total_tokens)
         wanted = len(prompt) + sampling.max_tokens - request.num_output_so_far
         sequence = Sequence(
             request_id=next(self._ids),
@@ -54,38 +54,8 @@ class RequestFactory:
             if self._ngram
             else None,
         )
-        num_given = len(prompt) - request.num_output_so_far
-        text = TextStream(self._model.tokenizer, prompt[:num_given], sampling.stop)
-        for token in prompt[num_given:]:  # sent by another replica already
-            text.feed(token)
-        eos = frozenset() if sampling.ignore_eos else self._model.eos_token_ids
-        return ActiveRequest(request, sequence, text, eos | frozenset(sampling.stop_token_ids))
-
-    def _check(self, request: GenerationRequest) -> None:
-        prompt, so_far = request.prompt_token_ids, request.num_output_so_far
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        vocab_size = self._model.vocab_size
-        outside = next((t for t in prompt if not 0 <= t < vocab_size), None)
-        if outside is not None:
-            raise RequestError(
-                f"token id {outside} is outside this model's vocabulary of {vocab_size}; "
-                "use this model's own tokenizer"
-            )
-        if request.scope.lora_id is not None:
-            raise RequestError("this engine runs no LoRA adapters; send the request without one")
-        if len(prompt) >= self._max_total_tokens:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; prompt and output together may have "
-                f"{self._max_total_tokens}. Shorten the prompt, or raise "
-                "engine.kv_cache_config.max_tokens or engine.max_seq_len if the model allows it"
-            )
-        check_sampling(request.sampling)
-        if not 0 <= so_far < min(len(prompt), request.sampling.max_tokens):
-            raise RequestError(
-                f"num_output_so_far is {so_far}; it must be below max_tokens "
-                f"({request.sampling.max_tokens}) and the prompt's length ({len(prompt)})"
-            )
+        output = Output(request, self._model.tokenizer, self._model.eos_token_ids)
+        return ActiveRequest(request, sequence, output)
 
 
 @dataclass(slots=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from actors.config import ModelSource
+from actors.engines.tokenizer import eos_token_ids, load_tokenizer
 from actors.engines.torch.attention import ATTENTION_NAME, PagedPass, PagedPool
 from shared_cache.errors import ConfigError, ModelError
 from shared_cache.namespace import BlockLayout
@@ -154,8 +155,8 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {source.name!r} at {path} cannot be loaded: {error}") from error
     network = network.to(device).eval().requires_grad_(False)
-    tokenizer = _load_tokenizer(source)
-    eos = _eos_token_ids(network.generation_config, tokenizer)
+    tokenizer = load_tokenizer(source)
+    eos = eos_token_ids(network.generation_config, tokenizer)
     return LoadedModel(network, tokenizer, eos, config.vocab_size, longest)
 
 
@@ -169,19 +170,3 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             transformers_logging.enable_progress_bar()
-
-
-def _load_tokenizer(source: ModelSource) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {source.name!r} has no tokenizer in {source.path} ({error}); "
-            "copy tokenizer.json and tokenizer_config.json of the model there"
-        ) from error
-
-
-def _eos_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    configured = getattr(generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -10,38 +10,15 @@ import hashlib
 import torch
 
 from actors.engine import SamplingParams
-from shared_cache.errors import RequestError
-
-GREEDY_TEMPERATURE = 1e-4
-"""Below it the best token is taken: logits divided by less overflow, and draw nothing else."""
 
 _MANTISSA_BITS = 53
 _USUAL_NUCLEUS = 1024
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Raise `RequestError`, naming the setting, unless all are in range."""
-    if params.max_tokens < 1:
-        raise RequestError(f"max_tokens is {params.max_tokens}; it must be at least 1")
-    if not 0 <= params.temperature < float("inf"):
-        raise RequestError(f"temperature is {params.temperature}; it must be 0 or more")
-    if not 0 < params.top_p <= 1:
-        raise RequestError(f"top_p is {params.top_p}; it must be above 0 and at most 1")
-    if params.top_k < 0:
-        raise RequestError(f"top_k is {params.top_k}; it must be 0 (no limit) or more")
-    if any(not stop for stop in params.stop):
-        raise RequestError("a stop string is empty; remove it")
 
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on nothing but the two arguments."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> (64 - _MANTISSA_BITS)) / (1 << _MANTISSA_BITS)
-
-
-def seed_of(request_id: str) -> int:
-    """The seed of a request that brought none; the same wherever the request continues."""
-    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
