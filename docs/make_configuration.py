@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cluster.config import ClusterConfig
+from shared_cache.config import CacheConfig
+from shared_cache.connector.trtllm_config import ConnectorConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -26,14 +28,28 @@ This page is written by `python docs/make_configuration.py` from the settings cl
 """
 
 
-def sections(model: type[BaseModel], path: str = "") -> Iterator[str]:
-    """One table for `model`, then those of the sections in it."""
+CONNECTOR = """
+# The connector under plain TensorRT-LLM
+
+The YAML file that `TLLM_SHARED_CACHE_CONFIG` names ([trtllm-serve.md](trtllm-serve.md)) holds the
+settings of `cache` above, at its top level (`store`, `tiers`, `host`, ...), and these. There
+`host.bytes` is by default a quarter of the machine's memory, at most half of what the memory file
+system holds, in whole GiB, and `save_queue_bytes` a quarter of that.
+"""
+
+
+def sections(
+    model: type[BaseModel], path: str = "", known: type[BaseModel] = BaseModel
+) -> Iterator[str]:
+    """One table for `model` without the settings of `known`, then those of the sections in it."""
     title = f"`{path}`" if path else "Top level"
     first_line = (model.__doc__ or "").strip().splitlines()[0]
     yield f"\n## {title}\n\n{first_line}\n"
     yield "| setting | type | default | meaning |\n|---|---|---|---|"
     inner: list[tuple[str, type[BaseModel]]] = []
     for name, field in model.model_fields.items():
+        if name in known.model_fields:
+            continue
         section = _section(field.annotation)
         if section is not None:
             inner_path = f"{path}.{name}" if path else name
@@ -98,7 +114,9 @@ def _meaning(field: FieldInfo) -> str:
 
 def page() -> str:
     """The whole page."""
-    return INTRODUCTION + "\n".join(sections(ClusterConfig)) + "\n"
+    cluster = "\n".join(sections(ClusterConfig))
+    connector = "\n".join(sections(ConnectorConfig, known=CacheConfig))
+    return f"{INTRODUCTION}{cluster}\n{CONNECTOR}{connector}\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,14 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from actors.config import ReplicaConfig
-from actors.engine import EngineStats, GenerationRequest, KvCacheStats, Receipt, TokenChunk
+from actors.engine import (
+    CacheChanges,
+    EngineStats,
+    GenerationRequest,
+    KvCacheStats,
+    Receipt,
+    TokenChunk,
+)
 from shared_cache.cache_stats import CacheStats
 from shared_cache.errors import RequestError
 from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
@@ -133,8 +140,14 @@ class FakeEngine:
         device, host = self.receipt
         return Receipt(num_tokens, device, host, 0, num_tokens - device - host)
 
+    def storage_scope(self, scope: ReuseScope) -> ReuseScope:
+        return scope
+
     def num_device_blocks(self, hashes: Sequence[BlockHash]) -> int:
         return min(self.num_on_device, len(hashes))
+
+    def take_cache_changes(self) -> CacheChanges:
+        return CacheChanges()
 
     def stats(self) -> EngineStats:
         blocks = KvCacheStats(64, 64, 0, TOKENS_PER_BLOCK, 0, 0, 0, 0)
@@ -167,6 +180,7 @@ class FakeCache:
 
     def __init__(self, fetched: frozenset[int] = frozenset(), stage_s: float = 0.0) -> None:
         self.host = FakeHost()
+        self.num_blocks = self.host.num_slots
         self.fetched = fetched
         self.stage_s = stage_s
         self.deadline_s = 10.0

@@ -23,7 +23,7 @@ from benchmarks.cases.rounds import new_names
 from benchmarks.provenance import provenance
 from cluster.demo.report import write_json
 from shared_cache.config import CacheConfig
-from shared_cache.connector.transfers import SaveRun, TransferPlan
+from shared_cache.connector.transfers import Load, SaveRun, TransferPlan, pack_loads
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.opening import open_cache
@@ -83,10 +83,8 @@ class Connector:
         staged = self._cache.stage(hashes)
         if staged.num_blocks != len(hashes):
             raise SystemExit(f"{staged.num_blocks} of {len(hashes)} blocks are here")
-        pairs = array("I")
-        for slot, row in zip(staged.lease.slots, self._rows, strict=True):
-            pairs.extend((slot, row))
-        self._worker.bind_connector_meta(TransferPlan(pairs.tobytes()))
+        loads = pack_loads([Load(self._cache.places(staged), self._rows)])
+        self._worker.bind_connector_meta(TransferPlan(loads))
         return staged
 
     def load(self) -> None:

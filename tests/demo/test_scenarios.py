@@ -158,7 +158,7 @@ def test_the_demo_never_writes_to_the_users_store(tmp_path: Path) -> None:
 
 
 def test_a_pool_is_made_large_enough_and_never_smaller() -> None:
-    assert roomy_pool(CONFIG, 10)["max_tokens"] == CONFIG.engine.kv_cache_config.max_tokens
+    assert roomy_pool(CONFIG, 10)["max_tokens"] == CONFIG.engine.kv_cache_config.pool_tokens
     assert roomy_pool(CONFIG, 20_000)["max_tokens"] >= 20_000
 
 
