@@ -119,7 +119,7 @@ def test_what_the_connector_knows_decides() -> None:
 
 async def test_an_engine_s_figures(make_engine: MakeEngine, trtllm: type[FakeLLM]) -> None:
     engine = make_engine()
-    assert engine.stats().kv_cache.max_num_blocks == 64
+    await until(lambda: engine.stats().kv_cache.max_num_blocks == 64)
     prompt = some_prompt(4 * BLOCK + 1)
     await chunks(engine, request(prompt, 5, ignore_eos=True))
     await until(lambda: engine.num_device_blocks(hashes_of(engine, prompt)) == 4)
@@ -141,7 +141,7 @@ async def test_empty_queues_show_in_several_ways(
 ) -> None:
     trtllm.empty_with = empty_with
     engine = make_engine()
-    assert engine.stats().kv_cache.max_num_blocks == 64
+    await until(lambda: engine.stats().kv_cache.max_num_blocks == 64)
     assert engine._watch._faults.num_faults == 0
 
 
