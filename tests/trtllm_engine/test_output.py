@@ -84,7 +84,7 @@ async def test_a_stop_string_ends_it_and_aborts_the_request(
     assert "".join(chunk.text for chunk in got) == text[: text.index(stop)]
     await until(lambda: not trtllm.last.results)
     assert len(trtllm.last.aborted) == 1
-    assert engine.stats().num_running == engine.stats().num_waiting == 0
+    await until(lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
 
 
 @pytest.mark.parametrize("tokens_per_turn", [1, 3])
