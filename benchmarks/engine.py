@@ -25,7 +25,7 @@ from actors.engine import GenerationRequest, SamplingParams
 from actors.engines.torch.build import build_torch_engine
 from actors.engines.torch.engine import TorchEngine
 from benchmarks.provenance import provenance
-from cluster.demo.library import read_text
+from cluster.demo.documents import read_text
 from cluster.demo.ngram import EDIT, EDIT_START
 from cluster.demo.prompts import Prompts as DemoPrompts
 from cluster.demo.report import write_json

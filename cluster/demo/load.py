@@ -17,7 +17,7 @@ from cluster.config import ClusterConfig
 from cluster.demo.asking import Answer, Asks
 from cluster.demo.chaos import KillOnce
 from cluster.demo.conversations import hold_conversations
-from cluster.demo.library import load_documents
+from cluster.demo.documents import load_documents
 from cluster.demo.report import draw_load_chart
 from cluster.demo.scenario import Demo, Serving
 from cluster.demo.setups import fresh_cache, kv_cache_bytes, setup

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.demo.asking import Answer, ask
-from cluster.demo.library import read_text
+from cluster.demo.documents import read_text
 from cluster.demo.scenario import Demo, Serving, greedy
 from cluster.demo.setups import roomy_pool, setup
 

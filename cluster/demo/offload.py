@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.engine import KvCacheStats
 from cluster.demo.asking import Answer, ask
-from cluster.demo.library import load_documents
+from cluster.demo.documents import load_documents
 from cluster.demo.scenario import Demo, greedy
 from cluster.demo.setups import kv_cache_bytes, setup
 

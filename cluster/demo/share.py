@@ -12,7 +12,7 @@ from typing import Any
 from actors.engine import Receipt, TokenChunk
 from cluster.config import ClusterConfig
 from cluster.demo.asking import Answer, Asks, ask
-from cluster.demo.library import read_text
+from cluster.demo.documents import read_text
 from cluster.demo.scenario import Demo, greedy
 from cluster.demo.setups import fresh_cache, kv_cache_bytes, roomy_pool, setup
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.demo.library import Document
+from cluster.demo.documents import Document
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from cluster.config import ClusterConfig
 from cluster.demo.asking import ask
 from cluster.demo.chaos import KillOnce
 from cluster.demo.conversations import hold_conversations
-from cluster.demo.library import Document
+from cluster.demo.documents import Document
 from cluster.demo.load import LoadResult, ModeFigures
 from cluster.demo.ngram import NGramResult, PromptFigures
 from cluster.demo.offload import OffloadFigures, OffloadResult

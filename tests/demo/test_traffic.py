@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.demo.library import Document, load_documents, read_text
+from cluster.demo.documents import Document, load_documents, read_text
 from cluster.demo.traffic import num_requests, plan_traffic
 
 DOCUMENTS = tuple(
