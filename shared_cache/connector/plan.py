@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shared_cache.connector.doubts import DoubtfulBlocks, reaches_into
+from shared_cache.connector.doubts import DoubtfulBlocks
+from shared_cache.connector.proofs import Proofs
 from shared_cache.connector.requests import (
-    Ground,
     PlannedLoad,
     Prompt,
     ReportedRequest,
@@ -59,8 +59,7 @@ class RequestLedger:
         self._num_lost = 0
         self._broken_promises: set[int] = set()
         self._doubts = DoubtfulBlocks()
-        self._proven_turns: set[int] = set()
-        self._reported_now: set[int] = set()
+        self._proofs = Proofs()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -87,10 +86,7 @@ class RequestLedger:
             return 0
         self._doubts.are_gone_behind(chain, num_device_tokens)
         host_end = num_device_tokens // size + lease.num_blocks
-        promised = 0
-        if num_device_tokens % size == 0:
-            most = min(host_end, (chain.num_tokens - 1) // size) * size
-            promised = max(0, most - num_device_tokens)
+        promised = _num_promised(chain, num_device_tokens, host_end)
         if not promised:
             self._released.append(lease)
         # An unaligned device match leaves a block whose head was reused and whose tail is computed
@@ -109,7 +105,7 @@ class RequestLedger:
             num_proven=(num_device_tokens + promised) // size,
             seen_turn=self._turn,
             seen_s=self._clock(),
-            rests_on=self._grounds(chain, num_device_tokens),
+            rests_on=self._proofs.grounds(self._requests, chain, num_device_tokens),
         )
         return promised
 
@@ -137,7 +133,7 @@ class RequestLedger:
         """
         self._turn += 1
         self._end_loads()
-        self._note_proofs(new_requests, cached_requests)
+        self._proofs.note_turn(self._requests, new_requests, cached_requests)
         if self._turn % EXPIRE_TURNS == 0:
             self._expire()
         loads = []
@@ -175,7 +171,7 @@ class RequestLedger:
         if request is None:
             return None
         if request.rests_on:
-            request.is_saved = request.is_saved and all(map(self._is_firm, request.rests_on))
+            request.is_saved = request.is_saved and all(map(self._proofs.is_firm, request.rests_on))
             request.rests_on = ()
         if request.is_reported == is_new:  # replayed or joined midway: its tokens are in doubt
             self.forget(report.request_id)
@@ -251,42 +247,13 @@ class RequestLedger:
         request = self._requests.pop(request_id, None)
         self._broken_promises.discard(request_id)
         if request is not None:
-            start = None if is_computed else request.uncomputed_from(self._proven_turns)
+            start = None if is_computed else self._proofs.uncomputed_from(request)
             if start is not None:
                 self._doubts.add(request.chain, start)
             self._num_lost += request.num_unsaved
             if request.lease is not None:
                 self._released.append(request.lease)
         self._end_loads(request_id)
-
-    def _grounds(self, chain: BlockHashChain, num_device_tokens: int) -> list[Ground]:
-        """The requests whose uncomputed blocks may be in this device prefix, should they be gone.
-
-        Of those that have vanished nobody tells, so each counts that is not known to have ended.
-        """
-        grounds = []
-        for request_id, request in self._requests.items() if num_device_tokens else ():
-            start = request.uncomputed_from(self._proven_turns)
-            if start is None or not reaches_into(chain, num_device_tokens, request.chain, start):
-                continue
-            is_all = reaches_into(chain, num_device_tokens, request.chain, request.num_valid)
-            grounds.append(Ground(request_id, request.seen_turn, is_launched=not is_all))
-        return grounds
-
-    def _is_firm(self, ground: Ground) -> bool:
-        """Whether that request is still there, or at least its last forward pass went well."""
-        is_proven = ground.is_launched and ground.seen_turn in self._proven_turns
-        return is_proven or ground.request_id in self._reported_now
-
-    def _note_proofs(
-        self, new_requests: Sequence[ReportedRequest], cached_requests: Sequence[ReportedRequest]
-    ) -> None:
-        """A pass that fails ends all its requests: one that goes on proves the pass it was in."""
-        self._reported_now = {one.request_id for one in (*new_requests, *cached_requests)}
-        for report in cached_requests:
-            request = self._requests.get(report.request_id)
-            if request is not None and request.is_reported:
-                self._proven_turns.add(request.seen_turn)
 
     def _end_loads(self, request_id: int | None = None) -> None:
         """Release loads that are copied for sure, those of `request_id` a turn sooner."""
@@ -300,10 +267,19 @@ class RequestLedger:
         self._load_leases = kept
 
     def _expire(self) -> None:
-        self._proven_turns &= {request.seen_turn for request in self._requests.values()}
+        self._proofs.forget_turns(self._requests)
         before_turn, before_s = self._turn - EXPIRE_TURNS, self._clock() - EXPIRE_S
         for request_id, request in list(self._requests.items()):
             if request.seen_turn <= before_turn and request.seen_s <= before_s:
                 self.forget(request_id)
                 if request.lease is not None:
                     self._broken_promises.add(request_id)
+
+
+def _num_promised(chain: BlockHashChain, num_device_tokens: int, host_end: int) -> int:
+    """Tokens of whole blocks before `host_end`, behind whole ones, that leave one to compute."""
+    size = chain.tokens_per_block
+    if num_device_tokens % size:
+        return 0
+    most = min(host_end, (chain.num_tokens - 1) // size) * size
+    return max(0, most - num_device_tokens)

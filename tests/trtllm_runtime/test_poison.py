@@ -57,7 +57,7 @@ def test_without_the_books_on_uncomputed_blocks_garbage_is_stored(
 ) -> None:
     """What the tests before rely on: the double would see it."""
     monkeypatch.setattr(plan.DoubtfulBlocks, "add", lambda *_: None)
-    monkeypatch.setattr(plan.RequestLedger, "_is_firm", lambda *_: True)
+    monkeypatch.setattr(plan.Proofs, "is_firm", lambda *_: True)
     replica = poisoned(Rules(finish_rule=rule), ends)  # type: ignore[arg-type]
     replica.settle()
     with pytest.raises(AssertionError, match="wrong bytes"):
