@@ -12,8 +12,12 @@ from shared_cache.hashing import BlockHash
 
 
 def block_checksum(block_hash: BlockHash, payload: memoryview) -> int:
-    """xxh3_64 over a contiguous payload, seeded from the name it is kept under."""
-    return xxhash.xxh3_64_intdigest(payload, seed=_seed(block_hash))
+    """xxh3_64 over a contiguous payload, seeded from the name it is kept under.
+
+    Other threads run meanwhile. `xxh3_64_intdigest`, which looks shorter, keeps the interpreter's
+    lock before xxhash 4: an engine would wait for every block that is saved beside it.
+    """
+    return xxhash.xxh3_64(payload, seed=_seed(block_hash)).intdigest()
 
 
 def checksum_of_pieces(block_hash: BlockHash, pieces: Iterable[memoryview]) -> int:

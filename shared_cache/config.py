@@ -61,11 +61,17 @@ class HostConfig(Settings):
         "memory",
     )
 
+    populate: bool = Field(
+        False,
+        description="take all the memory at start, and pin it for a GPU, instead of as it is first "
+        "used: starting takes longer, and no load or save is ever slowed down by that",
+    )
+
     @model_validator(mode="after")
     def _only_an_arena_has_these(self) -> "HostConfig":
         given = [
             name
-            for name in ("name", "folder", "start_owner", "reserve_ahead")
+            for name in ("name", "folder", "start_owner", "reserve_ahead", "populate")
             if getattr(self, name) != type(self).model_fields[name].default
         ]
         if self.scope == "process" and given:
@@ -113,6 +119,11 @@ class TierConfig(Settings):
         gt=0,
         description="blocks that were not used for so long are deleted (object stores note no "
         "reads: those written so long ago, in use or not)",
+    )
+    quotas: dict[str, ByteSize] = Field(
+        default_factory=dict,
+        description="most bytes for the blocks of one cache salt, and of all that add to it; "
+        "beyond that the least recently used of them are deleted",
     )
 
 

@@ -7,6 +7,7 @@ a recompute. They reach a person at start-up, from a command, or as the answer t
     ├── ConfigError              a setting is wrong; the text says how to mend it
     ├── ModelError               a model cannot be found, verified or run
     ├── RequestError             this request cannot be served as it is (an HTTP 400)
+    │   └── PromptTooLongError       prompt and output do not fit what an engine can hold
     ├── ReplicaUnavailableError  no replica can serve now (an HTTP 503)
     │   ├── ReplicaRefusedError      a replica does not take requests now, and did not take this one
     │   └── ReplicaBusyError         a replica has as many as it takes; it lives, try another one
@@ -37,12 +38,16 @@ class RequestError(KvcommonsError):
     """This request cannot be served as it is, now or later."""
 
 
+class PromptTooLongError(RequestError):
+    """The prompt leaves no room for output in the model's or the pool's length."""
+
+
 class ReplicaUnavailableError(KvcommonsError):
     """No replica can serve this request now; it may be sent again later."""
 
 
 class ReplicaRefusedError(ReplicaUnavailableError):
-    """A replica that takes no requests now did not take this one, so it cannot have died of it."""
+    """A replica that takes none, or cannot be reached, did not get this request: it is no cause."""
 
 
 class ReplicaBusyError(ReplicaUnavailableError):

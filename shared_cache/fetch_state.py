@@ -1,14 +1,15 @@
 """What is known of blocks on their way: one record per run, shared by all who want its blocks."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from shared_cache.cost import GateDecision
 from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.host.interface import HostLease, HostTier
-from shared_cache.pieces import BLOCKS_PER_PIECE
+from shared_cache.pieces import BLOCKS_PER_PIECE, Piece
+from shared_cache.shortfalls import Shortfall
 from shared_cache.tier_speeds import TierBlocks
 from shared_cache.tiers import Tier
 
@@ -34,6 +35,11 @@ class Job:
     tier: Tier
     thread: threading.Thread | None = None
 
+    def run(self, step: Callable[..., None], fetch: "Fetch", *args: Piece) -> None:
+        """`step(fetch, self, *args)`, in the thread that does this job from now on."""
+        self.thread = threading.current_thread()
+        step(fetch, self, *args)
+
     def is_stuck(self) -> bool:
         """Whether nothing comes of it now: its tier hangs, or others answer and this one does not.
 
@@ -52,10 +58,12 @@ class Fetch:
     All other positions are counted from `start`. `sources` says up to where which tier has the run;
     of it `num_worth` blocks are worth fetching and `num_wanted` are fetched: those behind only
     measure a tier. `num_awaited` are waited for; None as long as more may be found: until then
-    whoever joins with more time extends `deadline_s`. `num_arrived`
-    leading blocks are in host memory, leased by this fetch; it holds its leases until it is done
-    and nobody uses it any more. `read` are the blocks that a tier delivered. `jobs` are what it
-    waits for.
+    whoever joins with more time extends `deadline_s`. `wanted` says of how many leading blocks
+    somebody waits, or waited, for the last one. `num_arrived` leading blocks are in host memory,
+    leased by this fetch; it holds its leases until it is done and nobody uses it any more. `read`
+    are the blocks that a tier delivered. `jobs` are what it waits for. `was_skipped`: a tier was
+    not asked, as its answer alone would have come too late; `is_unreadable`: a tier did not give
+    what it had named.
     """
 
     chain: tuple[BlockHash, ...]
@@ -71,13 +79,19 @@ class Fetch:
     is_cut_short: bool = False
     is_done: bool = False
     is_abandoned: bool = False
+    was_skipped: bool = False
+    is_unreadable: bool = False
     num_users: int = 0
+    wanted: set[int] = field(default_factory=set)
     jobs: list[Job] = field(default_factory=list)
     sources: list[tuple[Tier, int]] = field(default_factory=list)
     decisions: list["Decided"] = field(default_factory=list)
     read: set[BlockHash] = field(default_factory=set)
     leases: list[HostLease] = field(default_factory=list)
     finished_pieces: dict[int, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.chain) - self.start
 
     @property
     def hashes(self) -> tuple[BlockHash, ...]:
@@ -119,14 +133,22 @@ class Fetch:
         tier, end = next((tier, end) for tier, end in self.sources if end > start)
         return tier, start, min(start + BLOCKS_PER_PIECE, end, self.num_wanted)
 
-    def finished(self, start: int, end: int, num_here: int) -> None:
-        """A piece ended with `num_here` blocks; advances over pieces that are complete in order."""
+    def finished(self, start: int, end: int, num_here: int) -> bool:
+        """A piece ended with `num_here` blocks; advances over pieces that are complete in order.
+
+        True when that has decided for somebody how much arrives. Whoever waits is to be woken then
+        only: a requester that looks after every piece keeps the threads that read from the
+        interpreter's lock.
+        """
+        before = self.num_arrived
         self.finished_pieces[start] = num_here
         if start + num_here < end:
             self.is_cut_short = True
             self.num_wanted = min(self.num_wanted, start + num_here)
         while more := self.finished_pieces.pop(self.num_arrived, 0):
             self.num_arrived += more
+        is_for_somebody = any(before < wanted <= self.num_arrived for wanted in self.wanted)
+        return is_for_somebody or self.is_decided(len(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +181,22 @@ class Fetched:
         return set().union(*(ticket.fetch.read for ticket in self.tickets))
 
 
+def why_short(tickets: Sequence[Ticket], position: int, is_decided: bool) -> Shortfall:
+    """Why block `position` of a chain did not come by these tickets."""
+    covering = [one.fetch for one in tickets if 0 <= position - one.fetch.start < len(one.fetch)]
+    if not covering:
+        return "tier_in_trouble"
+    fetch = covering[-1]
+    index = position - fetch.start
+    if not is_decided:
+        return "deadline"
+    if index >= fetch.num_found:
+        return "cost_gate" if fetch.was_skipped else "not_stored"
+    if index >= fetch.num_worth:
+        return "cost_gate"
+    return "unreadable" if fetch.is_unreadable else "no_room"
+
+
 class InFlight:
     """Which blocks are on their way, in which fetch. Not thread-safe: the fetcher's lock guards it.
 
@@ -189,6 +227,7 @@ class InFlight:
         """A new user's interest in a fetch up to its block `last`."""
         fetch, index = self._fetches[last]
         fetch.num_users += 1
+        fetch.wanted.add(index + 1)
         return Ticket(fetch, index + 1)
 
     def give_up(self, ticket: Ticket) -> None:

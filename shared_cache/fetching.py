@@ -15,9 +15,13 @@ from functools import partial
 
 from shared_cache.cost import CostGate
 from shared_cache.fetch_state import Fetch, Fetched, InFlight, Job, Ticket, Wish
+from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostTier
 from shared_cache.pieces import Piece, PieceReader
 from shared_cache.tiers import Tier, TieredStore
+
+ABOUT_TO_ASK_S = 0.01
+"""How long is waited for somebody who asks for blocks at the same time, in another thread."""
 
 POLL_S = 0.1
 """How often who waits looks whether a tier hangs that another one could stand in for."""
@@ -95,6 +99,21 @@ class Fetcher:
                 self._go_on(fetch)
             return tickets
 
+    def coming(self, chain: Sequence[BlockHash], start: int) -> list[Ticket]:
+        """Tickets for what others have fetched now of `chain` from `start` on; begins no fetch.
+
+        They must be given to `leave`. Where nobody fetches anything, somebody may be about to.
+        """
+        with self._changed:
+            if self._in_flight.runs(chain, start)[:1] == [(None, len(chain))]:
+                self._changed.wait(ABOUT_TO_ASK_S)
+            tickets = []
+            for fetch, end in self._in_flight.runs(chain, start):
+                if fetch is None:
+                    break
+                tickets.append(self._in_flight.ticket(chain[end - 1]))
+            return tickets
+
     def wait(self, tickets: Sequence[Ticket], deadline_s: float) -> bool:
         """Wait until it is decided how much of `tickets` arrives; False when time ran out first."""
         with self._changed:
@@ -142,7 +161,7 @@ class Fetcher:
         if tier is None:
             return False
         job = Job(tier)
-        if not tier.threads.submit(partial(_begun, step, fetch, job, *args)):
+        if not tier.threads.submit(partial(job.run, step, fetch, *args)):
             return False
         fetch.jobs.append(job)
         return True
@@ -158,6 +177,7 @@ class Fetcher:
             advice = self._gate.look_up(tier.url, blocks, fetch.num_prompt_tokens)
             if advice == "wait" and self._submit(fetch, tier, self._look_up):
                 return
+            fetch.was_skipped |= advice != "wait"
             if advice == "probe":
                 self._submit(fetch, tier, self._probe)
             tier = self._tiers.behind(tier)
@@ -244,6 +264,7 @@ class Fetcher:
                 if fetch.is_done:
                     self._in_flight.release_unused(fetch)
                 elif not self._submit(fetch, following, self._read_piece, piece):
+                    fetch.is_unreadable |= lacks_more
                     self._record_piece(fetch, piece)
 
     def _take_over(self, fetch: Fetch, piece: Piece) -> None:
@@ -256,12 +277,13 @@ class Fetcher:
     def _record_piece(self, fetch: Fetch, piece: Piece) -> None:
         """Note how a piece ended, and go on; the lock is held."""
         start = piece.start - fetch.start
-        fetch.finished(start, start + len(piece.hashes), piece.num_here)
+        is_news = fetch.finished(start, start + len(piece.hashes), piece.num_here)
         while fetch.decisions and fetch.decisions[0].end <= fetch.num_arrived:
             decided = fetch.decisions.pop(0)
             self._gate.saw_stage(decided.decision, time.monotonic() - decided.since_s)
         self._go_on(fetch)
-        self._changed.notify_all()
+        if is_news:
+            self._changed.notify_all()
 
     def _abandon_stuck(self) -> None:
         """End fetches that wait for tiers which hang only; the lock is held.
@@ -277,9 +299,3 @@ class Fetcher:
         """No block of this fetch is waited for any more; the lock is held."""
         self._in_flight.finish(fetch)
         self._changed.notify_all()
-
-
-def _begun(step: Callable[..., None], fetch: Fetch, job: Job, *args: Piece) -> None:
-    """`step`, in the thread that does the job from now on."""
-    job.thread = threading.current_thread()
-    step(fetch, job, *args)

@@ -11,14 +11,19 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NewType
 
 BlockHash = NewType("BlockHash", bytes)
 """32 bytes: SHA-256 of (parent hash, token ids as little-endian uint32)."""
 
 HASH_BYTES = 32
+TENANT_BYTES = 8
 _ROOT_LABEL = b"kvcommons.root.v1\0"
 _TENANT_LABEL = b"kvcommons.tenant.v1\0"
+
+SCOPE_SEPARATOR = "\x1f"
+"""In a cache salt: what follows makes the scope smaller, and the same tenant pays for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +46,20 @@ class ReuseScope:
             digest.update(encoded)
         return BlockHash(digest.digest())
 
+    def parent_of(self, hashes: Sequence[BlockHash], index: int) -> BlockHash:
+        """What comes before block `index` of a prompt in this scope, whose blocks are `hashes`."""
+        return hashes[index - 1] if index else self.root_hash()
+
     @property
     def tenant(self) -> bytes:
-        """8 bytes that name who pays for the blocks: one value per `cache_salt`, empty for none."""
+        """`TENANT_BYTES` bytes that name who pays for the blocks, empty for nobody.
+
+        One value for each `cache_salt`, up to its first `SCOPE_SEPARATOR`.
+        """
         if self.cache_salt is None:
             return b""
-        return hashlib.sha256(_TENANT_LABEL + self.cache_salt.encode()).digest()[:8]
+        payer = self.cache_salt.partition(SCOPE_SEPARATOR)[0]
+        return hashlib.sha256(_TENANT_LABEL + payer.encode()).digest()[:TENANT_BYTES]
 
 
 DEFAULT_SCOPE = ReuseScope()
@@ -73,6 +86,13 @@ class BlockHashChain:
         self._tail = array("I")
         self.extend(tokens)
 
+    def copy(self) -> "BlockHashChain":
+        """The same so far, to be extended on its own."""
+        chain = BlockHashChain(self.tokens_per_block)
+        chain._root, chain._tail = self._root, self._tail[:]
+        chain.hashes = self.hashes[:]
+        return chain
+
     @property
     def num_tokens(self) -> int:
         """Tokens given so far, those of the unfinished block included."""
@@ -97,6 +117,24 @@ class BlockHashChain:
         for start in range(0, len(data), stride):
             parent = BlockHash(hashlib.sha256(parent + data[start : start + stride]).digest())
             self.hashes.append(parent)
+
+
+def prompt_chain(
+    prompt: tuple[int, ...], tokens_per_block: int, scope: ReuseScope = DEFAULT_SCOPE
+) -> BlockHashChain:
+    """The chain of a prompt, to be extended by whoever asks.
+
+    The last few prompts are remembered: what stages a prompt and what computes it want the same,
+    one after the other, and a long prompt takes milliseconds.
+    """
+    return _prompt_chain(prompt, tokens_per_block, scope).copy()
+
+
+@lru_cache(maxsize=8)
+def _prompt_chain(
+    prompt: tuple[int, ...], tokens_per_block: int, scope: ReuseScope
+) -> BlockHashChain:
+    return BlockHashChain(tokens_per_block, scope, prompt)
 
 
 def block_hashes(

@@ -74,6 +74,15 @@ class Namespace:
     tp_size: int = 1
     format_version: int = FORMAT_VERSION
 
+    def differences(self, other: "Namespace") -> dict[str, tuple[Any, Any]]:
+        """The fields that differ, by name, each with this value and the other one."""
+        ours, theirs = self._flat(), other._flat()
+        return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+    def _flat(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {**fields.pop("layout"), **fields}
+
     def to_json(self) -> str:
         """The canonical text that is fingerprinted and kept in every stored object."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))

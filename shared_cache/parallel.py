@@ -1,8 +1,10 @@
-"""Several parts of one job at once: copying to and from memory is bound by one core, not by memory.
+"""Several parts of one job at once: copying to and from memory is bound by one core, not by memory,
+and questions to a store by how long one answer takes.
 
 The caller works too, and helper threads take what is left while they are free, so nobody waits for
-a helper that is busy elsewhere. Failure prevented: a queue of jobs behind one store that hangs, and
-threads by the dozen in a process that has a model to compute.
+a helper that is busy elsewhere. Failure prevented: a queue of jobs behind one store that hangs (who
+finds others in line for a helper does not ask for one), and threads by the dozen in a process that
+has a model to compute.
 """
 
 import os
@@ -19,16 +21,29 @@ T = TypeVar("T")
 MAX_HELPERS = 3
 """Helper threads of a process; more than four copies at once gain nothing on any machine seen."""
 
+ASKING_HELPERS = 7
+"""The same for jobs that wait for a store and hardly compute: threads of their own, made when first
+needed."""
+
 
 def run_all(jobs: Iterable[Callable[[], T]]) -> list[T]:
     """What the jobs return, in order. They may run at the same time, in any order.
 
     After a job has raised no other one begins; that error is raised here when all have ended.
     """
-    batch = _Batch(jobs)
-    threads = _helpers(os.getpid())
-    if threads is not None:
-        for _ in range(min(_num_helpers(), batch.num_jobs - 1)):
+    return _run_all(_Batch(jobs), _num_helpers(), "kvcommons-copy")
+
+
+def ask_all(questions: Iterable[Callable[[], T]]) -> list[T]:
+    """The same for jobs that hardly do anything but wait for a store."""
+    return _run_all(_Batch(questions), ASKING_HELPERS, "kvcommons-ask")
+
+
+def _run_all(batch: "_Batch[T]", num_helpers: int, name: str) -> list[T]:
+    num_needed = min(num_helpers, batch.num_jobs - 1)
+    if num_needed > 0:
+        threads = _helpers(os.getpid(), num_helpers, name)
+        for _ in range(min(num_needed, num_helpers - threads.num_queued)):
             threads.submit(batch.work)
     batch.work()
     return batch.results()
@@ -82,6 +97,6 @@ def _num_helpers() -> int:
 
 
 @cache
-def _helpers(process_id: int) -> IoThreads | None:
-    """The helper threads of a process; a forked child has none of its parent's, so gets its own."""
-    return IoThreads(_num_helpers(), "kvcommons-copy") if _num_helpers() else None
+def _helpers(process_id: int, num_threads: int, name: str) -> IoThreads:
+    """Helper threads of a process; a forked child has none of its parent's, so gets its own."""
+    return IoThreads(num_threads, name)

@@ -143,7 +143,7 @@ class PieceReader:
     ) -> None:
         position = piece.start + piece.num_here
         run = NewRun(
-            parent=piece.chain[position - 1] if position else piece.scope.root_hash(),
+            parent=piece.scope.parent_of(piece.chain, position),
             hashes=piece.missing[: len(slots)],
             tenant=piece.scope.tenant,
             is_stored=tier.is_shared,

@@ -36,6 +36,13 @@ class PrefixCache(Protocol):
         """How many blocks may be copied off the device in a turn."""
 
     @property
+    def num_reserved_ahead(self) -> int | None:
+        """Blocks that could be saved now without being dropped; None: no limit; *in the step*."""
+
+    def reserve_more_ahead(self) -> None:
+        """More than that are waiting to be saved; *in the step*."""
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that host memory could hold, were it all this engine's."""
 
@@ -48,6 +55,15 @@ class PrefixCache(Protocol):
         self, hashes: Sequence[BlockHash], first: int = 0, scope: ReuseScope = DEFAULT_SCOPE
     ) -> StagedPrefix:
         """Lease once more what this process has leased now, from `first` on; *in the step*."""
+
+    def lease_coming(
+        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+    ) -> StagedPrefix:
+        """Lease blocks from `first` on once more when all of `hashes` has come, by a `grow`.
+
+        Waits for `wait_s` seconds at most. Asks no tier: what nobody fetches is not waited for.
+        Counts nothing: that `grow` does.
+        """
 
     def can_fetch(self, hashes: Sequence[BlockHash], start: int) -> bool:
         """Whether blocks from `start` on could come from a tier now; without asking any."""

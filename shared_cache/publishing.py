@@ -8,69 +8,24 @@ be missing in the shared tier (used a second time, or dropped by somebody under 
 
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 
 from shared_cache.cost import CostGate
+from shared_cache.fates import Fates
 from shared_cache.faults import FaultLog
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier, NewRun
+from shared_cache.publish_jobs import Duty, PublishJobs, Written
 from shared_cache.saving import SaveCounts
 from shared_cache.sinks import consecutive, make_sinks, part
 from shared_cache.tiers import Tier, TieredStore, TierStats
-
-MERGED_BLOCKS = 256
-"""Runs that continue each other are committed together, up to so many blocks."""
 
 NEAR_FLUSH_S = 1.0
 """How long a flush waits for tiers whose blocks can be had from the shared tier too."""
 
 DECLINE_INTERVAL_S = 60.0
 """How often a process that may not write to the shared tier gives back the duty to do so."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """Reserved slots that hold the blocks of `run`, the `first`th of its prompt and those behind.
-
-    To be committed. It stands for `num_jobs` that were queued.
-    """
-
-    slots: tuple[int, ...]
-    run: NewRun
-    first: int
-    num_jobs: int = 1
-
-    def takes(self, other: "_Written") -> bool:
-        """Whether `other` continues this run, and both together are small enough."""
-        ours, theirs = self.run, other.run
-        return (
-            theirs.parent == ours.hashes[-1]
-            and len(self.slots) + len(other.slots) <= MERGED_BLOCKS
-            and (theirs.tenant, theirs.is_stored) == (ours.tenant, ours.is_stored)
-            and theirs.retention == ours.retention
-            and bool(theirs.checksums) == bool(ours.checksums)
-        )
-
-    def merged(self, other: "_Written") -> "_Written":
-        ours, theirs = self.run, other.run
-        run = replace(
-            ours,
-            hashes=ours.hashes + theirs.hashes,
-            checksums=ours.checksums + theirs.checksums,
-        )
-        num_jobs = self.num_jobs + other.num_jobs
-        return _Written(self.slots + other.slots, run, self.first, num_jobs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Duty:
-    """Blocks in host memory that the shared tier lacks; without a lease: only to be declined."""
-
-    lease: HostLease | None
-    run: NewRun
-    first: int
 
 
 class Publisher:
@@ -87,26 +42,21 @@ class Publisher:
         num_threads: int,
         faults: FaultLog,
         gate: CostGate | None = None,
+        fates: Fates | None = None,
     ) -> None:
         """At most `max_blocks` wait to be written, and as many to be handed to the queues."""
         self._host = host
+        self._fates = fates or Fates()
         self._tiers = tiers
         self._faults = faults
-        self._max_blocks = max_blocks
         self._sinks = {
-            sink.tier: sink for sink in make_sinks(host, tiers, max_blocks, num_threads, gate)
+            sink.tier: sink
+            for sink in make_sinks(host, tiers, max_blocks, num_threads, gate, self._answer)
         }
         self._shared = None if tiers.shared is None else self._sinks.get(tiers.shared)
-        self._changed = threading.Condition()
-        self._jobs: deque[_Written | _Duty] = deque()
-        self._num_jobs = 0
-        self._num_being_copied = 0
-        self._num_unpublished = 0
-        self._num_owed = 0
-        self._num_dropped = 0
+        self._jobs = PublishJobs(max_blocks)
         self._declined: list[BlockHash] = []  # this and the next: the thread's own
         self._next_decline_s = float("-inf")
-        self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="kvcommons-publish", daemon=True)
         self._thread.start()
 
@@ -114,35 +64,34 @@ class Publisher:
     def counts(self) -> SaveCounts:
         """What became of new blocks, as far as the shared tier is concerned."""
         saved = self._shared.queue.counts if self._shared else SaveCounts(0, 0, 0)
-        with self._changed:
-            pending = self._num_unpublished if self._shared else 0
-            return SaveCounts(
-                saved.saved, saved.dropped + self._num_dropped, saved.pending + pending
-            )
+        counts = self._jobs.counts
+        pending = counts.unpublished if self._shared else 0
+        return SaveCounts(saved.saved, saved.dropped + counts.dropped, saved.pending + pending)
 
-    def expect(self, num_blocks: int) -> None:
-        """So many blocks are being copied now, and will be published or given back."""
-        with self._changed:
-            self._num_being_copied += num_blocks
+    def reserve(self, num_blocks: int) -> tuple[int, ...]:
+        """Slots for up to so many blocks, to be published or given back; never waits.
+
+        Blocks for which there is no slot are dropped.
+        """
+        slots = self._host.reserve(num_blocks)
+        self._jobs.expect(len(slots))
+        self.lose(num_blocks - len(slots))
+        return slots
 
     def give_back(self, slots: Sequence[int]) -> None:
-        """Slots that were expected hold nothing, and nobody writes to them any more."""
-        with self._changed:
-            self._num_being_copied -= len(slots)
-            self._changed.notify_all()
+        """Slots of `reserve` that nobody writes to any more; their blocks are dropped."""
+        self._jobs.expect(-len(slots))
         self._host.cancel(slots)
+        self.lose(len(slots))
+
+    def lose(self, num_blocks: int) -> None:
+        """Blocks that could not even be copied are dropped."""
+        self._jobs.drop(num_blocks)
 
     def publish(self, slots: Sequence[int], run: NewRun, first: int) -> None:
-        """Take over expected slots, written now; returns at once: *in the step*."""
-        with self._changed:
-            self._num_being_copied -= len(slots)
-            self._changed.notify_all()
-            if not self._is_closed:
-                self._add(_Written(tuple(slots), run, first))
-                self._num_unpublished += len(slots)
-                return
-            self._num_dropped += len(slots)
-        self._host.cancel(slots)
+        """Take over slots of `reserve`, written now; returns at once: *in the step*."""
+        if not self._jobs.put(Written(tuple(slots), run, first)):
+            self._host.cancel(slots)
 
     def owe(self, lease: HostLease, run: NewRun, first: int) -> None:
         """Have the blocks that `lease.to_store` names written; `lease` stays the caller's.
@@ -151,13 +100,9 @@ class Publisher:
         """
         for begin, end in consecutive(lease.to_store):
             owed = part(run, begin, end)
-            with self._changed:
-                if self._is_closed:
-                    return
-                has_room = self._num_owed + len(owed.hashes) <= self._max_blocks
-                held = self._host.lease_held(owed.hashes) if has_room and self._shared else None
-                self._add(_Duty(held, owed, first + begin))
-                self._num_owed += len(owed.hashes)
+            hold = partial(self._host.lease_held, owed.hashes) if self._shared else None
+            if not self._jobs.put_duty(owed, first + begin, hold):
+                return
 
     def promote(self, tier: Tier, lease: HostLease, run: NewRun, first: int) -> None:
         """Blocks came from `tier`: offer them to the nearer ones; `lease` stays the caller's."""
@@ -173,10 +118,7 @@ class Publisher:
 
         Blocks that are still being copied off the device are waited for too.
         """
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: not self._num_jobs and not self._num_being_copied, timeout_s
-            )
+        return self._jobs.await_none(timeout_s)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all is published and in the shared tier, or dropped; False: out of time."""
@@ -198,14 +140,9 @@ class Publisher:
 
     def close(self) -> None:
         """Drop what is not published or written yet; waits for nothing."""
-        with self._changed:
-            self._is_closed = True
-            jobs = list(self._jobs)
-            self._jobs.clear()
-            self._changed.notify_all()
-        for job in jobs:
+        for job in self._jobs.close():
             self._drop(job)
-            self._done(job)
+            self._jobs.done(job)
         for sink in self._sinks.values():
             sink.queue.stop()
 
@@ -216,54 +153,23 @@ class Publisher:
             for tier in self._tiers.tiers
         )
 
-    def _add(self, job: _Written | _Duty) -> None:
-        """Queue a job; the lock is held."""
-        self._jobs.append(job)
-        self._num_jobs += 1
-        self._changed.notify_all()
-
     def _work(self) -> None:
-        while (job := self._next()) is not None:
+        while (job := self._jobs.next()) is not None:
             try:
                 with self._faults.caught("publishing new blocks"):
                     self._handle(job)
             finally:
-                self._done(job)
+                self._jobs.done(job)
 
-    def _next(self) -> _Written | _Duty | None:
-        """The next job, with those behind it that continue its run: one question to the owner."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._jobs)
-            if self._is_closed:
-                return None
-            job = self._jobs.popleft()
-            while isinstance(job, _Written) and self._jobs:
-                following = self._jobs[0]
-                if not isinstance(following, _Written) or not job.takes(following):
-                    break
-                job = job.merged(following)
-                self._jobs.popleft()
-            return job
-
-    def _done(self, job: _Written | _Duty) -> None:
-        with self._changed:
-            if isinstance(job, _Written):
-                self._num_jobs -= job.num_jobs
-                self._num_unpublished -= len(job.slots)
-            else:
-                self._num_jobs -= 1
-                self._num_owed -= len(job.run.hashes)
-            self._changed.notify_all()
-
-    def _handle(self, job: _Written | _Duty) -> None:
-        if isinstance(job, _Written):
+    def _handle(self, job: Written | Duty) -> None:
+        if isinstance(job, Written):
             self._commit(job)
         elif job.lease is None:
             self._decline(job.run.hashes)
         else:
             self._store(job.lease, job.run, job.first)
 
-    def _commit(self, job: _Written) -> None:
+    def _commit(self, job: Written) -> None:
         try:
             lease = self._host.commit(job.slots, job.run)
         except BaseException:
@@ -271,8 +177,8 @@ class Publisher:
             raise
         try:
             num_lost = len(job.slots) - len(lease.slots)
-            with self._changed:
-                self._num_dropped += num_lost
+            self._fates.note(job.run.hashes[: len(lease.slots)], "published")
+            self._jobs.drop(num_lost)
             self._offer_to_near(lease, job)
             for begin, end in consecutive(lease.to_store):
                 held = self._host.lease_held(job.run.hashes[begin:end])
@@ -280,7 +186,7 @@ class Publisher:
         finally:
             self._host.release(lease)
 
-    def _offer_to_near(self, lease: HostLease, job: _Written) -> None:
+    def _offer_to_near(self, lease: HostLease, job: Written) -> None:
         """Tiers nearer than the shared one get what is new on this node, stored or not."""
         new = tuple(i for i, slot in enumerate(lease.slots) if slot == job.slots[i])
         for sink in self._sinks.values():
@@ -295,9 +201,9 @@ class Publisher:
             self._host.release(lease)
             self._decline(run.hashes)
             return
-        sink.queue.put(lease, run.parent, run.hashes[:num_blocks])
+        sink.put(lease, run)
         if num_blocks < len(run.hashes):
-            self._host.stored(run.hashes[num_blocks:], is_stored=False)
+            self._answer(run.hashes[num_blocks:], is_stored=False)
 
     def _decline(self, hashes: Sequence[BlockHash]) -> None:
         """Give duties back. Who may write nothing does so seldom: it would be named them at once.
@@ -309,12 +215,17 @@ class Publisher:
             return
         self._next_decline_s = time.monotonic() + DECLINE_INTERVAL_S
         declined, self._declined = self._declined, []
-        self._host.stored(tuple(declined), is_stored=False)
+        self._answer(tuple(declined), is_stored=False)
 
-    def _drop(self, job: _Written | _Duty) -> None:
-        if isinstance(job, _Written):
+    def _answer(self, hashes: Sequence[BlockHash], is_stored: bool) -> None:
+        """Tell the host tier what became of blocks, and remember it."""
+        self._fates.note(hashes, "stored" if is_stored else "dropped")
+        self._host.stored(hashes, is_stored)
+
+    def _drop(self, job: Written | Duty) -> None:
+        if isinstance(job, Written):
             self._host.cancel(job.slots)
-            with self._changed:
-                self._num_dropped += len(job.slots)
+            self._fates.note(job.run.hashes, "dropped")
+            self._jobs.drop(len(job.slots))
         elif job.lease is not None:
             self._host.release(job.lease)

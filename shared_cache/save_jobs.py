@@ -22,12 +22,14 @@ class Save:
     leases: tuple[HostLease, ...]
     parent: BlockHash
     hashes: tuple[BlockHash, ...]
+    tenant: bytes = b""
     num_setbacks: int = 0
 
     def takes(self, other: "Save") -> bool:
         """Whether `other` continues this run, and both together are small enough."""
         num_blocks = len(self.hashes) + len(other.hashes)
-        return other.parent == self.hashes[-1] and num_blocks <= MERGED_BLOCKS
+        continues = (other.parent, other.tenant) == (self.hashes[-1], self.tenant)
+        return continues and num_blocks <= MERGED_BLOCKS
 
     def merged(self, other: "Save") -> "Save":
         """Both as one run, tried again as often as the one that failed more."""
@@ -35,6 +37,7 @@ class Save:
             self.leases + other.leases,
             self.parent,
             self.hashes + other.hashes,
+            self.tenant,
             max(self.num_setbacks, other.num_setbacks),
         )
 
@@ -46,6 +49,7 @@ class Save:
             self.hashes,
             payloads=tuple(host.buffer(slot).toreadonly() for slot in slots),
             checksums=tuple(host.checksum(slot) for slot in slots),
+            tenant=self.tenant,
         )
 
 

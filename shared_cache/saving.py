@@ -90,10 +90,17 @@ class SaveQueue:
         with self._changed:
             return SaveCounts(self._num_saved, self._num_dropped, self._num_pending)
 
-    def put(self, lease: HostLease, parent: BlockHash, hashes: Sequence[BlockHash]) -> None:
+    def put(
+        self,
+        lease: HostLease,
+        parent: BlockHash,
+        hashes: Sequence[BlockHash],
+        tenant: bytes = b"",
+    ) -> None:
         """Take over `lease`, which covers `hashes`, and queue them; waits for no store.
 
-        When the queue is nearly full the leading blocks are kept: the others are no use without.
+        `tenant` is who pays for them. When the queue is nearly full the leading blocks are kept:
+        the others are no use without.
         """
         with self._changed:
             accepts = self._accepts and not self._tier.writing.refuses
@@ -103,7 +110,7 @@ class SaveQueue:
             kept = tuple(hashes[: len(held.slots)])
             if kept:
                 self._num_pending += len(kept)
-                self._queue.append(Save((held,), parent, kept))
+                self._queue.append(Save((held,), parent, kept, tenant))
                 self._changed.notify_all()
             self._num_dropped += len(hashes) - len(kept)
         if held is not lease:

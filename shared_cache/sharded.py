@@ -10,6 +10,7 @@ and nothing else.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from shared_cache.cache_stats import CacheStats
@@ -66,6 +67,15 @@ class ShardedCache:
         return self.shards[0].turn_budget
 
     @property
+    def num_reserved_ahead(self) -> int | None:
+        """See `PrefixCache.num_reserved_ahead`: of this process's shard; the others are alike."""
+        return self.shards[0].num_reserved_ahead
+
+    def reserve_more_ahead(self) -> None:
+        """See `PrefixCache.reserve_more_ahead`."""
+        self.shards[0].reserve_more_ahead()
+
+    @property
     def num_blocks(self) -> int:
         """See `PrefixCache.num_blocks`; the shards share one arena."""
         return min(shard.num_blocks for shard in self.shards) // len(self.shards)
@@ -100,6 +110,22 @@ class ShardedCache:
         def look_up(shard: SharedCache) -> StagedPrefix:
             nonlocal end
             held = shard.lease_held(hashes[:end], first, scope)
+            end = held.end
+            return held
+
+        return self._together(nothing, [partial(look_up, shard) for shard in self.shards])
+
+    def lease_coming(
+        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+    ) -> StagedPrefix:
+        """See `PrefixCache.lease_coming`; no shard leases more than those before it have."""
+        nothing, end = StagedPrefix(NO_LEASE, first=first, scope=scope), len(hashes)
+        until_s = time.monotonic() + wait_s
+
+        def look_up(shard: SharedCache) -> StagedPrefix:
+            nonlocal end
+            left_s = max(0.0, until_s - time.monotonic())
+            held = shard.lease_coming(hashes[:end], first, scope, left_s)
             end = held.end
             return held
 
@@ -186,4 +212,5 @@ class ShardedCache:
         whole = StagedPrefix(NO_LEASE, frozenset(), like.first, like.scope, tuple(parts))
         fetched = frozenset[int]().union(*(part.fetched for part in parts))
         kept = frozenset(index for index in fetched if index < whole.end)
-        return StagedPrefix(NO_LEASE, kept, like.first, like.scope, tuple(parts))
+        shortest = min(parts, key=lambda part: part.end, default=like)
+        return replace(whole, fetched=kept, missed=shortest.missed, fate=shortest.fate)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from shared_cache.cost import CostGate
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, HostTier, NewRun
-from shared_cache.saving import SaveQueue
+from shared_cache.saving import Answer, SaveQueue
 from shared_cache.tiers import Tier, TieredStore, TierStats
 
 NEAR_QUEUE_SHARE = 0.25
@@ -34,7 +34,7 @@ class Sink:
 
     def put(self, lease: HostLease, run: NewRun) -> None:
         """Take over `lease`, which covers leading blocks of `run`, and queue those."""
-        self.queue.put(lease, run.parent, run.hashes[: len(lease.slots)])
+        self.queue.put(lease, run.parent, run.hashes[: len(lease.slots)], run.tenant)
 
     def wants(self, start: int, stop: int) -> bool:
         """Whether blocks `[start, stop)` of a prompt are worth writing; counts those that are not.
@@ -55,16 +55,24 @@ class Sink:
 
 
 def make_sinks(
-    host: HostTier, tiers: TieredStore, max_blocks: int, num_threads: int, gate: CostGate | None
+    host: HostTier,
+    tiers: TieredStore,
+    max_blocks: int,
+    num_threads: int,
+    gate: CostGate | None,
+    answer: Answer,
 ) -> Iterator[Sink]:
-    """A sink for each tier that may be written; their queues hold `max_blocks` at most together."""
+    """A sink for each tier that may be written; their queues hold `max_blocks` at most together.
+
+    `answer` is told what became of blocks on their way to the shared tier.
+    """
     near = [tier for tier in tiers.tiers if tier.may_write and not tier.is_shared]
     near_blocks = max(1, int(max_blocks * NEAR_QUEUE_SHARE))
     for tier in near:
         yield Sink(host, tier, SaveQueue(host, tier, near_blocks, num_threads), gate)
     if tiers.shared is not None and tiers.shared.may_write:
         room = max(1, max_blocks - len(near) * near_blocks) if max_blocks else 0
-        queue = SaveQueue(host, tiers.shared, room, num_threads, host.stored)
+        queue = SaveQueue(host, tiers.shared, room, num_threads, answer)
         yield Sink(host, tiers.shared, queue, gate)
 
 

@@ -6,8 +6,10 @@ shards, and which of them the request had to wait for. Pure.
 
 from dataclasses import dataclass
 
+from shared_cache.fates import Fate
 from shared_cache.hashing import DEFAULT_SCOPE, ReuseScope
 from shared_cache.host.interface import HostLease
+from shared_cache.shortfalls import Shortfall
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,8 @@ class StagedPrefix:
 
     `fetched` holds the indices, counted from block 0, of the blocks that this request waited for
     from the tiers; the others were in host memory already. Of a cache in shards, `shards` says what
-    each of them has, and `lease` is empty.
+    each of them has, and `lease` is empty. `missed` says why block `end` is not here, where tiers
+    were asked for it, and `fate` what had become of it here before.
     """
 
     lease: HostLease
@@ -24,6 +27,8 @@ class StagedPrefix:
     first: int = 0
     scope: ReuseScope = DEFAULT_SCOPE
     shards: tuple["StagedPrefix", ...] = ()
+    missed: Shortfall | None = None
+    fate: Fate | None = None
 
     @property
     def num_blocks(self) -> int:

@@ -20,8 +20,10 @@ from functools import partial
 from shared_cache.cache_stats import CacheStats
 from shared_cache.config import CacheConfig
 from shared_cache.cost import CostGate
+from shared_cache.counting import StagingCounter, gathered
+from shared_cache.fates import Fates
 from shared_cache.faults import Clock, FaultLog
-from shared_cache.fetch_state import Ticket, Wish
+from shared_cache.fetch_state import Ticket, Wish, why_short
 from shared_cache.fetching import Fetcher
 from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
 from shared_cache.host.interface import HostTier, NewRun, Place
@@ -59,13 +61,14 @@ class SharedCache:
     ) -> None:
         """`stores` are those of `config.all_tiers`, in the same order; all are closed with this."""
         self.host = host
+        self.config = config
         self.deadline_s = config.staging_deadline_s
         # The tier that processes share checks its blocks by itself.
         self._verifies = config.host.verify_every_load and config.host.scope == "process"
         self._lock = threading.Lock()
         self._is_closed = False
         self.is_flush_hopeless = False  # the last one ran out of time: another one would too
-        self._staged_blocks = self._peer_blocks = self._deadline_misses = self._lost_saves = 0
+        self._counts = StagingCounter()
         self._faults = FaultLog(logger, clock)
         self._tiers = TieredStore(stores, config, self._faults, clock)
         self._tokens_per_block = stores[0].namespace.layout.tokens_per_block if stores else 1
@@ -77,8 +80,9 @@ class SharedCache:
             tier.on_read = self.gate.saw_fetch
             tier.protect(host)
         max_blocks = min(config.save_queue_bytes // host.block_bytes, max(1, host.num_slots // 2))
+        self.fates = Fates()
         self._publisher = Publisher(
-            host, self._tiers, max_blocks, config.io_threads, self._faults, self.gate
+            host, self._tiers, max_blocks, config.io_threads, self._faults, self.gate, self.fates
         )
         reader = PieceReader(
             host,
@@ -88,6 +92,11 @@ class SharedCache:
         )
         self._fetcher = Fetcher(host, self._tiers, reader, config.io_threads, self.gate)
         atexit.register(self.close)
+
+    @property
+    def shared_store(self) -> BlockStore | None:
+        """The store of the shared tier, for administration: its guards do not stand before it."""
+        return None if self._tiers.shared is None else self._tiers.shared.store
 
     @property
     def num_blocks(self) -> int:
@@ -114,11 +123,9 @@ class SharedCache:
         lease = self.host.lease(hashes, first)
         staged = self._verified(StagedPrefix(lease, frozenset(), first, scope), hashes, first)
         if staged.lease.to_store:
-            run = NewRun(_parent(hashes, first, scope), tuple(hashes[first:]), scope.tenant)
+            run = NewRun(scope.parent_of(hashes, first), tuple(hashes[first:]), scope.tenant)
             self._publisher.owe(staged.lease, run, first)
-        with self._lock:
-            self._staged_blocks += staged.num_blocks
-            self._peer_blocks += lease.num_from_peers
+        self._counts.add(staged_blocks=staged.num_blocks, peer_blocks=lease.num_from_peers)
         return staged
 
     def lease_held(
@@ -126,6 +133,19 @@ class SharedCache:
     ) -> StagedPrefix:
         """Lease once more what this process has leased now, from `first` on; *in the step*."""
         return StagedPrefix(self.host.lease_held(hashes[first:]), first=first, scope=scope)
+
+    def lease_coming(
+        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+    ) -> StagedPrefix:
+        """See `PrefixCache.lease_coming`."""
+        until_s = time.monotonic() + wait_s
+        tickets = self._fetcher.coming(hashes, first)
+        try:
+            self._fetcher.wait(tickets, until_s)
+            held = self.lease_held(hashes, first, scope)
+        finally:
+            self._fetcher.leave(tickets)
+        return self._verified(held, hashes, first)
 
     def places(self, staged: StagedPrefix) -> tuple[Place, ...]:
         """Where the staged blocks lie: one place, as there is one shard; *in the step*."""
@@ -170,12 +190,20 @@ class SharedCache:
 
     def miss_deadline(self) -> None:
         """Count a request whose time ran out, perhaps before it was its turn to `grow`."""
-        with self._lock:
-            self._deadline_misses += 1
+        self._counts.add(deadline_misses=1)
 
     def release(self, staged: StagedPrefix) -> None:
         """End the lease of `stage`; a second release is a no-op."""
         self.host.release(staged.lease)
+
+    @property
+    def num_reserved_ahead(self) -> int | None:
+        """See `PrefixCache.num_reserved_ahead`."""
+        return self.host.num_reserved_ahead
+
+    def reserve_more_ahead(self) -> None:
+        """See `PrefixCache.reserve_more_ahead`."""
+        self.host.reserve_more_ahead()
 
     def reserve(self, num_blocks: int) -> tuple[int, ...]:
         """Host slots to write up to `num_blocks` blocks into for `save`; never waits.
@@ -183,22 +211,15 @@ class SharedCache:
         Blocks for which there is no slot are counted as dropped. `flush` waits for each slot until
         it is given to `save` or `give_back`.
         """
-        slots = self.host.reserve(num_blocks)
-        self._publisher.expect(len(slots))
-        self.lose(num_blocks - len(slots))
-        return slots
+        return self._publisher.reserve(num_blocks)
 
     def give_back(self, slots: Sequence[int]) -> None:
         """Slots of `reserve` that nothing is written to any more; their blocks are dropped."""
         self._publisher.give_back(slots)
-        self.lose(len(slots))
 
     def lose(self, num_blocks: int) -> None:
         """Count blocks that could not be saved: the engine needs their place before their turn."""
-        if not num_blocks:
-            return
-        with self._lock:
-            self._lost_saves += num_blocks
+        self._publisher.lose(num_blocks)
 
     def save(self, slots: Sequence[int], run: NewRun, first: int = 0) -> None:
         """Take reserved slots that hold the blocks of `run`: publish them, and have them stored.
@@ -216,27 +237,11 @@ class SharedCache:
 
     def stats(self) -> CacheStats:
         """A snapshot; may ask the owner of the node's memory."""
-        host = self.host.stats()
-        tiers = self._publisher.tier_stats()
-        saves = self._publisher.counts
-        gate = self.gate.stats() if tiers else None  # takes milliseconds: not under the lock
-        with self._lock:
-            return CacheStats(
-                host=host,
-                staged_blocks=self._staged_blocks,
-                fetched_blocks=sum(tier.read_blocks for tier in tiers),
-                fetched_bytes=sum(tier.read_bytes for tier in tiers),
-                fetch_s=self._tiers.read_s,
-                deadline_misses=self._deadline_misses,
-                saved_blocks=saves.saved,
-                saved_bytes=saves.saved * self.host.block_bytes,
-                dropped_saves=saves.dropped + self._lost_saves,
-                store_faults=self._faults.num_faults,
-                pending_saves=saves.pending,
-                peer_blocks=self._peer_blocks + self._fetcher.num_from_peers,
-                tiers=tiers,
-                gate=gate,
-            )
+        counts = self._counts.counts
+        peer_blocks = counts.peer_blocks + self._fetcher.num_from_peers
+        counts = replace(counts, peer_blocks=peer_blocks)
+        num_faults = self._faults.num_faults
+        return gathered(self.host, self._publisher, self._tiers, self.gate, counts, num_faults)
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Stop threads, close tiers and host tier; queued saves are dropped: `flush` first.
@@ -280,14 +285,17 @@ class SharedCache:
         hashes = wish.chain
         with self._fetcher.fetched(wish, tickets) as got:
             lease = self.host.lease_held(hashes[held.first :])
-            delivered = got.delivered
+            delivered, end = got.delivered, held.first + len(lease.slots)
+            is_short = end < len(hashes)
+            missed = why_short(got.tickets, end, got.is_decided) if is_short else None
+            fate = self.fates.of(hashes[end]) if is_short else None
         self.host.release(held.lease)
         if not got.is_decided:
             self.miss_deadline()
-        grown = self._verified(replace(held, lease=lease), hashes, held.end)
+        grown = replace(held, lease=lease, missed=missed, fate=fate)
+        grown = self._verified(grown, hashes, held.end)
         fetched = frozenset(i for i in range(held.end, grown.end) if hashes[i] in delivered)
-        with self._lock:
-            self._staged_blocks += max(0, grown.num_blocks - held.num_blocks)
+        self._counts.add(staged_blocks=max(0, grown.num_blocks - held.num_blocks))
         return replace(grown, fetched=fetched)
 
     def _verified(
@@ -297,7 +305,3 @@ class SharedCache:
         if not self._verifies:
             return staged
         return verified(staged, hashes, start, self.host, self._faults)
-
-
-def _parent(hashes: Sequence[BlockHash], first: int, scope: ReuseScope) -> BlockHash:
-    return hashes[first - 1] if first else scope.root_hash()

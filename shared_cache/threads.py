@@ -108,6 +108,11 @@ class IoThreads:
         self._closed = threading.Event()
         self.crew = Crew(num_threads, name, self._work)
 
+    @property
+    def num_queued(self) -> int:
+        """About how many jobs no thread has begun."""
+        return self._jobs.qsize()
+
     def submit(self, job: Job) -> bool:
         """Queue `job`; False, and nothing done, once closed. A job that raises is logged."""
         if self._closed.is_set():

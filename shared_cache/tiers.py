@@ -88,7 +88,7 @@ class Tier:
         self.threads = IoThreads(num_threads, "kvcommons-fetch")
         self.reading.on_lost = self.threads.crew.replace
         self.on_read: SawRead | None = None
-        self._store = store
+        self.store = store
         self._housekeeper = _housekeeper(store, config)
         self._all_reads = all_reads
         self._reads = BusyMeter()
@@ -98,7 +98,7 @@ class Tier:
     @property
     def may_write(self) -> bool:
         """Whether anything is ever written to this tier."""
-        return not (self._store.read_only or self.admission == "never")
+        return not (self.store.read_only or self.admission == "never")
 
     @property
     def read_blocks(self) -> int:
@@ -115,10 +115,10 @@ class Tier:
         if not self.reading.usable():
             return 0
         num_found = 0
-        with self.reading.operation("match", partial(self._store.match, chain)):
-            num_found = self._store.match(chain) - start
+        with self.reading.operation("match", partial(self.store.match, chain)):
+            num_found = self.store.match(chain) - start
             if num_found < 0:  # the beginning is not stored, the run may be all the same
-                num_found = self._store.match(chain[start:])
+                num_found = self.store.match(chain[start:])
         return max(0, min(num_found, len(chain) - start))
 
     def read_into(
@@ -131,7 +131,7 @@ class Tier:
             self._reads.running() as call,
             self.reading.operation("read", partial(self._read_again, hashes[:1])),
         ):
-            checksums = self._store.read_into(hashes, buffers)[: len(hashes)]
+            checksums = self.store.read_into(hashes, buffers)[: len(hashes)]
         with self._reads.lock:
             self._read_blocks += len(checksums)
         if self.on_read is not None and len(checksums) == len(hashes):
@@ -141,26 +141,26 @@ class Tier:
 
     def _read_again(self, hashes: Sequence[BlockHash]) -> None:
         """Read what a read hangs over, into memory of its own: does the store read at all?"""
-        block_bytes = self._store.namespace.layout.block_bytes
-        self._store.read_into(hashes, [memoryview(bytearray(block_bytes)) for _ in hashes])
+        block_bytes = self.store.namespace.layout.block_bytes
+        self.store.read_into(hashes, [memoryview(bytearray(block_bytes)) for _ in hashes])
 
     def write(self, run: BlockRun) -> int:
         """See `BlockStore.write`; raises what the store raises: call it in `writing.operation`."""
         try:
             with self._writes.running():
-                num_written = self._store.write(run)
+                num_written = self.store.write(run)
         except StoreFullError:
             if self._housekeeper is not None:
                 self._housekeeper.found_full()
             raise
         if self._housekeeper is not None:
-            self._housekeeper.written(num_written * self._store.namespace.layout.block_bytes)
+            self._housekeeper.written(num_written * self.store.namespace.layout.block_bytes)
         return num_written
 
     def stats(self, num_written: int = 0, num_dropped: int = 0, num_declined: int = 0) -> TierStats:
         """The counters; those of writing come from whoever queues the writes."""
-        block_bytes = self._store.namespace.layout.block_bytes
-        objects = self._store.faults
+        block_bytes = self.store.namespace.layout.block_bytes
+        objects = self.store.faults
         return TierStats(
             url=self.url,
             read_blocks=self._read_blocks,
@@ -177,7 +177,7 @@ class Tier:
             corrupt_objects=objects.corrupt,
             foreign_objects=objects.foreign,
             vanished_objects=objects.vanished,
-            retries=self._store.num_retries,
+            retries=self.store.num_retries,
         )
 
     def protect(self, host: "HostTier") -> None:
@@ -189,7 +189,7 @@ class Tier:
         """Stop looking after the store, and give back what it holds."""
         if self._housekeeper is not None:
             self._housekeeper.close()
-        self._store.close()
+        self.store.close()
 
 
 class TieredStore:

@@ -15,7 +15,8 @@ class ConnectorRequest(Protocol):
     """What a connector reads of an engine's request (`LlmRequest` in TensorRT-LLM).
 
     Optional attributes are read with `getattr`: `cache_salt` (str), `cache_salt_id` (int),
-    `lora_task_id` (int), `multimodal_hashes`.
+    `lora_task_id` (int), `multimodal_hashes`; and of our own engine `hash_chain`, the
+    `BlockHashChain` of its tokens in its scope.
     """
 
     @property

@@ -6,6 +6,7 @@ long as it is pinned, and apart from the pool: whoever shows new memory must not
 """
 
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +25,7 @@ class PinnedMemory:
         self._lock = threading.Lock()
         self._is_released = False
         self._registered: list[tuple[int, memoryview]] = []
+        self._ranges: tuple[tuple[int, int], ...] = ()
 
     def pin(self, memory: memoryview) -> None:
         """Have the device copy by itself from and to `memory`; nothing after `release`.
@@ -42,6 +44,19 @@ class PinnedMemory:
                     f"{int(error)}): loads and saves are slower; raise the limit of locked memory"
                 )
             self._registered.append((address, memory))
+            self._ranges = tuple((start, start + part.nbytes) for start, part in self._registered)
+
+    def holds_all(self, addresses: Iterable[int]) -> bool:
+        """Whether all of these are addresses of pinned memory; takes no lock."""
+        low = high = 0
+        for address in addresses:
+            if low <= address < high:
+                continue
+            found = (one for one in self._ranges if one[0] <= address < one[1])
+            low, high = next(found, (0, 0))
+            if low == high:
+                return False
+        return True
 
     def release(self) -> None:
         """Wait for the device's copies and give all back, for good; again is a no-op."""
@@ -49,6 +64,7 @@ class PinnedMemory:
             if self._is_released:
                 return
             self._is_released = True
+            self._ranges = ()
             with suppress(RuntimeError):  # a broken device copies nothing any more
                 torch.cuda.synchronize(self.device)
             with torch.cuda.device(self.device):

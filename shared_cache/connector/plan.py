@@ -9,9 +9,10 @@ what was computed behind blocks that an aborted request left uncomputed on the d
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from shared_cache.connector.doubts import DoubtfulBlocks
+from shared_cache.connector.ended_saves import EndedSaves
+from shared_cache.connector.load_leases import LoadLeases
 from shared_cache.connector.proofs import Proofs
 from shared_cache.connector.requests import (
     PlannedLoad,
@@ -19,26 +20,13 @@ from shared_cache.connector.requests import (
     ReportedRequest,
     TrackedRequest,
 )
-from shared_cache.connector.save_runs import RUN_ROOM, SaveRun
-from shared_cache.hashing import BlockHashChain
+from shared_cache.connector.save_runs import SaveRun
 from shared_cache.staged import StagedPrefix
-
-TURNS_UNTIL_COPIED = 2
-"""A load's lease ends this many turns later. An engine has at most one forward pass in flight
-besides the one it prepares, so by then the pass that waited for the copy has been sampled; on every
-rank, as no rank begins a turn before all have ended the one before (`get_finished` is gathered)."""
 
 EXPIRE_TURNS = 64
 EXPIRE_S = 60.0
 """State of a request that was not reported for this many turns AND this long is dropped: engines
 do not say `request_finished` for every aborted request."""
-
-
-@dataclass(frozen=True, slots=True)
-class _LoadLease:
-    request_id: int
-    turn: int
-    lease: StagedPrefix
 
 
 class RequestLedger:
@@ -48,16 +36,16 @@ class RequestLedger:
     Leases that it no longer needs are collected by `take_released`.
     """
 
-    def __init__(self, tokens_per_block: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tokens_per_block = tokens_per_block
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, holds: bool = False) -> None:
+        """`holds`: an ended request's blocks stay until all is saved; see `finish`."""
+        self._ended = EndedSaves(holds=holds)
         self._clock = clock
         self._turn = 0
         self._requests: dict[int, TrackedRequest] = {}
-        self._load_leases: list[_LoadLease] = []
+        self._loads = LoadLeases()
         self._released: list[StagedPrefix] = []
-        self._early_saves: list[SaveRun] = []
-        self._num_lost = 0
         self._broken_promises: set[int] = set()
+        self._ahead: list[int] = []
         self._doubts = DoubtfulBlocks()
         self._proofs = Proofs()
 
@@ -80,34 +68,19 @@ class RequestLedger:
         nothing of it is saved; where that depends on what this turn will report, see `take_save`.
         """
         self.forget(request_id)
-        size, chain = self._tokens_per_block, prompt.chain
+        chain = prompt.chain
         if self._doubts.are_in(chain, num_device_tokens):
             self._released.append(lease)
             return 0
         self._doubts.are_gone_behind(chain, num_device_tokens)
-        host_end = num_device_tokens // size + lease.num_blocks
-        promised = _num_promised(chain, num_device_tokens, host_end)
-        if not promised:
-            self._released.append(lease)
-        # An unaligned device match leaves a block whose head was reused and whose tail is computed
-        # now. It is valid as a whole after this pass and saved: a hole would orphan what follows.
-        next_save = max((num_device_tokens + promised) // size, host_end)
-        self._requests[request_id] = TrackedRequest(
-            prompt=prompt,
-            chain=chain,
-            tenant=prompt.tenant,
-            num_prompt_tokens=chain.num_tokens,
-            num_device_tokens=num_device_tokens,
-            num_promised_tokens=promised,
-            lease=lease if promised else None,
-            next_save=next_save,
-            num_valid=(num_device_tokens + promised) // size,
-            num_proven=(num_device_tokens + promised) // size,
-            seen_turn=self._turn,
-            seen_s=self._clock(),
-            rests_on=self._proofs.grounds(self._requests, chain, num_device_tokens),
+        request = TrackedRequest.matched(
+            prompt, num_device_tokens, lease, self._turn, self._clock()
         )
-        return promised
+        request.rests_on = self._proofs.grounds(self._requests, chain, num_device_tokens)
+        if request.lease is None:
+            self._released.append(lease)
+        self._requests[request_id] = request
+        return request.num_promised_tokens
 
     def allocated(self, request_id: int, block_ids: Sequence[int]) -> None:
         """The device blocks of the whole prompt; the promised ones among them will be loaded to."""
@@ -141,11 +114,34 @@ class RequestLedger:
             for report in reports:
                 request = self._requests.get(report.request_id)
                 lease = None if request is None else request.lease
+                if request is not None and self._loads.is_ahead(report.request_id):
+                    request.is_loading = False
+                    self._released.append(self._loads.reported(report.request_id))
                 if report.request_id in self._broken_promises:
                     raise ValueError(f"request {report.request_id} comes too late for its promise")
                 if request is not None and lease is not None:
                     loads.append(request.planned_load(lease, report, is_new=is_new))
-                    self._load_leases.append(_LoadLease(report.request_id, self._turn, lease))
+                    self._loads.in_turn(report.request_id, self._turn, lease)
+        return loads
+
+    def load_ahead(self, request_id: int) -> None:
+        """What was just promised to this request is loaded before the engine computes it."""
+        self._ahead.append(request_id)
+
+    def take_ahead(self) -> list[tuple[int, PlannedLoad]]:
+        """The loads ahead that begin in this turn, by request; call it after `begin_turn`.
+
+        Their leases are held until the request is reported: the engine does that when all ranks
+        have said that the load is done. Raises `ValueError` like `begin_turn`.
+        """
+        ahead, self._ahead = self._ahead, []
+        loads = []
+        for request_id in ahead:
+            request = self._requests.get(request_id)
+            lease = None if request is None else request.lease
+            if request is not None and lease is not None:
+                loads.append((request_id, request.planned_ahead(request_id, lease)))
+                self._loads.ahead(request_id, lease)
         return loads
 
     def is_decoding(self, cached_requests: Sequence[ReportedRequest]) -> bool:
@@ -187,20 +183,29 @@ class RequestLedger:
             stop = min(stop, request.next_save + max_blocks)
         return request.take_save(stop)
 
-    def finish(self, request_id: int, num_tokens: int = 0) -> None:
+    def finish(self, request_id: int, num_tokens: int = 0) -> bool:
         """The request has ended, and its blocks are free; see `take_early_saves`, and `forget`.
+
+        True when they must not be free yet: something is left to save and this ledger `holds`, or
+        a load ahead may be under way. `take_leaving` then says when.
 
         Only blocks of turns before its last one are sure to be computed: it may have ended because
         that one failed. `num_tokens` are all it came to: if they are more than its prompt's, its
         prompt was computed, as without that nothing follows.
         """
         request = self._requests.get(request_id)
+        is_loading = self._loads.is_ahead(request_id)
         if request is None:
             self.forget(request_id)
-            return
-        run = request.take_save(request.num_proven)
-        self._early_saves += [run] if run else []
-        self._drop(request_id, is_computed=num_tokens > request.num_prompt_tokens)
+            return is_loading
+        is_computed = num_tokens > request.num_prompt_tokens
+        num_proven = request.num_proven
+        if is_computed:
+            num_proven = max(num_proven, request.num_prompt_blocks)
+        run = None if is_loading else request.take_save(min(num_proven, request.num_valid))
+        is_held = self._ended.leave(request_id, run, self._clock(), is_loading=is_loading)
+        self._drop(request_id, is_computed=is_computed)
+        return is_held
 
     def take_early_saves(self, room: int | None = None) -> tuple[SaveRun, ...]:
         """Blocks of ended requests, to be copied before anything writes to them; each given once.
@@ -208,22 +213,18 @@ class RequestLedger:
         To be asked in the turn after they ended: before it nothing has. What takes more than `room`
         (see `SaveRun.room`) is lost, as nothing keeps it.
         """
-        kept, ended = [], self._early_saves
-        self._early_saves = []
-        for run in ended:
-            begun = run if room is None else run.leading(max(0, room - RUN_ROOM))
-            self._num_lost += run.num_blocks - begun.num_blocks
-            if not begun.num_blocks:
-                continue
-            kept.append(begun)
-            if room is not None:
-                room -= begun.room
-        return tuple(kept)
+        return self._ended.take_early(room)
+
+    def take_leaving(self, room: int, most: int) -> tuple[list[SaveRun], tuple[int, ...]]:
+        """What ended requests whose blocks are held have to save now, and which may go after that.
+
+        See `HeldRuns.take`; what waited for too long is lost.
+        """
+        return self._ended.take_leaving(room, most, self._clock())
 
     def lose_early_saves(self) -> None:
         """The engine has written to free blocks: what ended requests have left in them is lost."""
-        self._num_lost += sum(run.num_blocks for run in self._early_saves)
-        self._early_saves = []
+        self._ended.lose_early()
 
     def forget(self, request_id: int) -> None:
         """The request is none of ours any more; unknown ids are ignored.
@@ -240,8 +241,7 @@ class RequestLedger:
 
     def take_lost(self) -> int:
         """How many blocks were never saved because their request ended first, each told once."""
-        num_lost, self._num_lost = self._num_lost, 0
-        return num_lost
+        return self._ended.take_lost()
 
     def _drop(self, request_id: int, *, is_computed: bool) -> None:
         request = self._requests.pop(request_id, None)
@@ -250,21 +250,15 @@ class RequestLedger:
             start = None if is_computed else self._proofs.uncomputed_from(request)
             if start is not None:
                 self._doubts.add(request.chain, start)
-            self._num_lost += request.num_unsaved
+            self._ended.lose(request.num_unsaved)
             if request.lease is not None:
                 self._released.append(request.lease)
+        self._loads.dropped(request_id, self._turn, self._clock())
         self._end_loads(request_id)
 
     def _end_loads(self, request_id: int | None = None) -> None:
         """Release loads that are copied for sure, those of `request_id` a turn sooner."""
-        kept = []
-        for load in self._load_leases:
-            age = self._turn - load.turn
-            if age >= TURNS_UNTIL_COPIED or (age >= 1 and load.request_id == request_id):
-                self._released.append(load.lease)
-            else:
-                kept.append(load)
-        self._load_leases = kept
+        self._released += self._loads.take_over(self._turn, self._clock(), request_id)
 
     def _expire(self) -> None:
         self._proofs.forget_turns(self._requests)
@@ -274,12 +268,3 @@ class RequestLedger:
                 self.forget(request_id)
                 if request.lease is not None:
                     self._broken_promises.add(request_id)
-
-
-def _num_promised(chain: BlockHashChain, num_device_tokens: int, host_end: int) -> int:
-    """Tokens of whole blocks before `host_end`, behind whole ones, that leave one to compute."""
-    size = chain.tokens_per_block
-    if num_device_tokens % size:
-        return 0
-    most = min(host_end, (chain.num_tokens - 1) // size) * size
-    return max(0, most - num_device_tokens)

@@ -59,10 +59,11 @@ class TrackedRequest:
 
     `prompt` is kept until the first report, which has to repeat it. `lease` covers the promised
     blocks, first slot first, until the turn that loads them; `allocated` are the device blocks they
-    go to. Blocks before `next_save` are saved, or need not be; those from there to `num_valid` wait
-    for it; unless `is_saved` is False, as token ids do not say what they hold. Blocks before
-    `num_valid` hold their KV after the pass of turn `seen_turn`, those before `num_proven` did so
-    before it. `rests_on` are the requests whose blocks the device's prefix may be.
+    go to. While `is_loading` these are on their way, ahead of any report. Blocks before `next_save`
+    are saved, or need not be; those from there to `num_valid` wait for it; unless `is_saved` is
+    False, as token ids do not say what they hold. Blocks before `num_valid` hold their KV after the
+    pass of turn `seen_turn`, those before `num_proven` did so before it. `rests_on` are the
+    requests whose blocks the device's prefix may be.
     """
 
     prompt: Prompt | None
@@ -78,15 +79,57 @@ class TrackedRequest:
     seen_turn: int
     seen_s: float
     allocated: Sequence[int] = ()
+    is_loading: bool = False
     is_reported: bool = False
     is_saved: bool = True
     rests_on: Sequence["Ground"] = ()
     block_ids: list[int] = field(default_factory=list)
 
+    @classmethod
+    def matched(
+        cls,
+        prompt: Prompt,
+        num_device_tokens: int,
+        lease: StagedPrefix,
+        seen_turn: int,
+        seen_s: float,
+    ) -> "TrackedRequest":
+        """A request of which the device and `lease` have a prefix; see `RequestLedger.matched`.
+
+        It has no lease where nothing is promised; then `lease` stays the caller's.
+        """
+        chain = prompt.chain
+        size = chain.tokens_per_block
+        host_end = num_device_tokens // size + lease.num_blocks
+        promised = _num_promised(chain, num_device_tokens, host_end)
+        num_valid = (num_device_tokens + promised) // size
+        return cls(
+            prompt=prompt,
+            chain=chain,
+            tenant=prompt.tenant,
+            num_prompt_tokens=chain.num_tokens,
+            num_device_tokens=num_device_tokens,
+            num_promised_tokens=promised,
+            lease=lease if promised else None,
+            # An unaligned device match leaves a block whose head was reused and whose tail is
+            # computed now. It is valid as a whole after this pass and saved: a hole would orphan
+            # what follows.
+            next_save=max(num_valid, host_end),
+            num_valid=num_valid,
+            num_proven=num_valid,
+            seen_turn=seen_turn,
+            seen_s=seen_s,
+        )
+
     @property
     def num_unsaved(self) -> int:
         """Blocks that could be saved and are not."""
         return max(0, self.num_valid - self.next_save) if self.is_saved else 0
+
+    @property
+    def num_prompt_blocks(self) -> int:
+        """Full blocks of the prompt."""
+        return self.num_prompt_tokens // self.chain.tokens_per_block
 
     def uncomputed_from(self, proven_turns: Container[int]) -> int | None:
         """The first prompt block that an engine may keep though it was not computed, if any.
@@ -95,7 +138,7 @@ class TrackedRequest:
         as far as it was computed.
         """
         start = self.num_valid if self.seen_turn in proven_turns else self.num_proven
-        if self.lease is not None:  # nothing was loaded
+        if self.lease is not None or self.is_loading:  # nothing was loaded, or not all
             start = self.num_device_tokens // self.chain.tokens_per_block
         return (
             start if start < (self.num_prompt_tokens - 1) // self.chain.tokens_per_block else None
@@ -111,15 +154,26 @@ class TrackedRequest:
         """
         if is_new:
             self.check_prompt(report)
+        known = (self.allocated, report.new_block_ids if is_new else ())
+        return self._planned(report.request_id, lease, known)
+
+    def planned_ahead(self, request_id: int, lease: StagedPrefix) -> PlannedLoad:
+        """The same before any report, of the blocks that were allocated."""
+        load = self._planned(request_id, lease, (self.allocated,))
+        self.is_loading = True
+        return load
+
+    def _planned(
+        self, request_id: int, lease: StagedPrefix, known: Sequence[Sequence[int]]
+    ) -> PlannedLoad:
         size = self.chain.tokens_per_block
         num_loaded_tokens = self.num_device_tokens + self.num_promised_tokens
         blocks = range(self.num_device_tokens // size, num_loaded_tokens // size)
-        known = (self.allocated, report.new_block_ids if is_new else ())
         block_ids = next((ids for ids in known if len(ids) >= blocks.stop), None)
         if block_ids is None:
             raise ValueError(
-                f"request {report.request_id}: {blocks.stop} blocks of prefix are promised, the "
-                f"engine allocated {max(map(len, known))}"
+                f"request {request_id}: {blocks.stop} blocks of prefix are promised, the engine "
+                f"allocated {max(map(len, known))}"
             )
         self.lease, self.allocated = None, ()
         return PlannedLoad(lease, block_ids[blocks.start : blocks.stop])
@@ -173,3 +227,12 @@ class TrackedRequest:
         if is_new:
             return self.num_device_tokens + self.num_promised_tokens
         return report.computed_position
+
+
+def _num_promised(chain: BlockHashChain, num_device_tokens: int, host_end: int) -> int:
+    """Tokens of whole blocks before `host_end`, behind whole ones, that leave one to compute."""
+    size = chain.tokens_per_block
+    if num_device_tokens % size:
+        return 0
+    most = min(host_end, (chain.num_tokens - 1) // size) * size
+    return max(0, most - num_device_tokens)

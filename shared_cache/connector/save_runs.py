@@ -45,6 +45,17 @@ class SaveRun:
             packed_blocks=self.packed_blocks[: num_blocks * _BLOCK_ID_BYTES],
         )
 
+    def behind(self, num_blocks: int) -> "SaveRun":
+        """All but the first `num_blocks` of these, which must be fewer than all."""
+        cut = num_blocks * HASH_BYTES
+        return replace(
+            self,
+            parent=BlockHash(self.packed_hashes[cut - HASH_BYTES : cut]) if cut else self.parent,
+            packed_hashes=self.packed_hashes[cut:],
+            packed_blocks=self.packed_blocks[num_blocks * _BLOCK_ID_BYTES :],
+            first=self.first + num_blocks,
+        )
+
     @property
     def hashes(self) -> tuple[BlockHash, ...]:
         """The blocks' hashes, first block first."""

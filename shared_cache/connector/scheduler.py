@@ -7,8 +7,9 @@ logged, and answered with "no match" or "nothing to save". No hook raises.
 
 import logging
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from shared_cache.connector.identity import has_media, is_named_by_tokens, reuse_scope
 from shared_cache.connector.interface import ConnectorRequest, RequestData, SchedulerOutput
 from shared_cache.connector.match_log import Matched, MatchLog
 from shared_cache.connector.matching import Matcher, Wanted
@@ -16,6 +17,7 @@ from shared_cache.connector.matching import MatchRule as MatchRule
 from shared_cache.connector.plan import RequestLedger
 from shared_cache.connector.requests import Prompt
 from shared_cache.connector.transfers import (
+    MAX_SAVES,
     Load,
     PackedLoads,
     SaveRun,
@@ -24,64 +26,21 @@ from shared_cache.connector.transfers import (
     pack_loads,
 )
 from shared_cache.faults import Clock, FaultLog
-from shared_cache.hashing import BlockHashChain, ReuseScope
+from shared_cache.hashing import BlockHashChain
 from shared_cache.prefix_cache import PrefixCache
 
 logger = logging.getLogger(__name__)
 
 STAGED_AHEAD = MatchRule()
 
-_NOT_TOKENS_ALONE = (
-    "multimodal_hashes",
-    "multimodal_positions",
-    "multimodal_embedding",
-    "prompt_embedding_table",
-)
-"""Attributes that are set where token ids do not tell all that decides a prompt's KV."""
 
-_DUMMIES = ("is_dummy_request", "is_cuda_graph_dummy", "is_attention_dp_dummy")
-"""Attributes of the requests that an engine makes up, to warm up or to fill a batch."""
+@dataclass(slots=True)
+class _TurnSaves:
+    """What one turn saves, as far as it is planned: an error keeps what was planned before it."""
 
-
-def salt_by_id(cache_salt_id: int) -> str:
-    """What stands for a salt whose engine gave its connector a number instead."""
-    return f"cache_salt_id:{cache_salt_id}"
-
-
-def reuse_scope(request: ConnectorRequest) -> ReuseScope:
-    """Who may reuse this request's blocks, from the attributes that its engine has.
-
-    The salt's number comes before the salt: every version of TensorRT-LLM has it, so who stages for
-    one knows which of the two the connector takes.
-    """
-    salt = getattr(request, "cache_salt", None)
-    salt_id = getattr(request, "cache_salt_id", None)
-    lora_id = getattr(request, "lora_task_id", None)
-    if salt_id is not None:
-        salt = salt_by_id(salt_id)
-    return ReuseScope(
-        cache_salt=None if salt is None else str(salt),
-        lora_id=None if lora_id is None else str(lora_id),
-    )
-
-
-def is_named_by_tokens(request: ConnectorRequest) -> bool:
-    """Whether scope and token ids say all about a request's KV; not so for pictures and dummies."""
-    if any(getattr(request, name, False) is True for name in _DUMMIES):
-        return False
-    given = (getattr(request, name, None) for name in _NOT_TOKENS_ALONE)
-    return all(value is None or (isinstance(value, list) and not value) for value in given)
-
-
-def has_media(request: ConnectorRequest) -> bool:
-    """Whether Python's part of a request brings pictures, sound, or embeddings of its own.
-
-    Models that take pictures get their positions (`mrope_config`) with text alone, too.
-    """
-    data = getattr(request, "py_multimodal_data", None)
-    if data is None:
-        return False
-    return not isinstance(data, Mapping) or any(name != "mrope_config" for name in data)
+    runs: list[SaveRun] = field(default_factory=list)
+    early: tuple[SaveRun, ...] = ()
+    let_go: tuple[int, ...] = ()
 
 
 class SharedCacheScheduler:
@@ -97,13 +56,23 @@ class SharedCacheScheduler:
         rule: MatchRule = STAGED_AHEAD,
         clock: Clock = time.monotonic,
         matches: MatchLog | None = None,
+        ahead_from_blocks: int | None = None,
+        holds_unsaved: bool = False,
     ) -> None:
-        """`matches` is told every answer, for an engine beside this one."""
+        """`matches` is told every answer, for an engine beside this one.
+
+        Loads of at least `ahead_from_blocks` blocks are asynchronous: the engine goes on with other
+        requests until they are done. None: no load is. With `holds_unsaved` no more blocks are
+        saved in a turn than host memory was reserved for; the others wait for a later turn, for
+        which the blocks of ended requests are held. The engine then goes on taking turns.
+        """
+        self._holds_unsaved = holds_unsaved
+        self._ahead_from_blocks = ahead_from_blocks
         self._cache = cache
         self._tokens_per_block = tokens_per_block
         self._matches = matches
         self._matcher = Matcher(cache, rule)
-        self._ledger = RequestLedger(tokens_per_block, clock)
+        self._ledger = RequestLedger(clock, holds=holds_unsaved)
         self._faults = FaultLog(logger, clock)
 
     @property
@@ -119,7 +88,7 @@ class SharedCacheScheduler:
     def get_num_new_matched_tokens(
         self, request: ConnectorRequest, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        """Tokens that will be loaded from host memory, whole blocks; never asynchronously.
+        """Tokens that will be loaded from host memory, whole blocks, and whether asynchronously.
 
         The blocks are leased: from here on the load cannot fail. Requests with more than tokens
         (pictures, prompt embeddings) match nothing and are not saved, as token ids do not tell two
@@ -135,7 +104,11 @@ class SharedCacheScheduler:
             if is_named_by_tokens(request):
                 num_tokens = self._match(request, num_computed_tokens)
             self._release()
-        return num_tokens, False
+        least = self._ahead_from_blocks
+        is_ahead = least is not None and num_tokens >= max(1, least) * self._tokens_per_block
+        if is_ahead:
+            self._ledger.load_ahead(request.request_id)
+        return num_tokens, is_ahead
 
     def update_state_after_alloc(self, request: ConnectorRequest, block_ids: list[int]) -> None:
         """Note which device blocks a promise is about; the turn's report should say the same.
@@ -161,31 +134,32 @@ class SharedCacheScheduler:
         in the same turn, with the reason in its log, and nothing wrong was computed.
         """
         self._matcher.begin_turn()
-        loads: tuple[PackedLoads, ...] = ()
-        saves: list[SaveRun] = []
-        early_saves: tuple[SaveRun, ...] = ()
         try:
             loads = self._plan_loads(scheduler_output)
+            ahead = self._plan_ahead()
         except Exception as error:
             self._faults.record("planning loads that were promised", error)
             return TransferPlan(refusal=f"{type(error).__name__}: {error}")
+        planned = _TurnSaves()
         with self._faults.caught("the build hook"):
-            room = num_saves_beside(loads)
-            early_saves = self._ledger.take_early_saves(room)
-            room -= sum(run.room for run in early_saves)
-            self._take_saves(scheduler_output, saves, room)
+            room = num_saves_beside([*loads, *(part for _, parts in ahead for part in parts)])
+            self._plan_saves(scheduler_output, room, planned)
             self._release()
-        return TransferPlan(loads, tuple(saves), early_saves)
+        return TransferPlan(
+            loads, tuple(planned.runs), planned.early, loads_ahead=ahead, let_go=planned.let_go
+        )
 
     def request_finished(self, request: ConnectorRequest, cache_block_ids: list[int]) -> bool:
-        """Always False, so blocks may be freed at once: what waits is copied before the next turn.
+        """False, so blocks may be freed at once: what waits is copied before the next turn.
 
-        Nothing writes to the device between this and that turn's `start_load_kv`, but for the
+        True only while the request's load may be under way; `get_finished` then says when it is
+        not. Nothing writes to the device between this and that turn's `start_load_kv`, but for the
         copies of partial reuse; see the match.
         """
         with self._faults.caught("the finish hook"):
-            self._ledger.finish(request.request_id, len(request.get_tokens(0)))
+            is_loading = self._ledger.finish(request.request_id, len(request.get_tokens(0)))
             self._release()
+            return is_loading
         return False
 
     def close(self) -> None:
@@ -195,7 +169,8 @@ class SharedCacheScheduler:
     def _match(self, request: ConnectorRequest, num_computed_tokens: int) -> int:
         scope, size = reuse_scope(request), self._tokens_per_block
         tokens = list(request.get_tokens(0))
-        chain = BlockHashChain(size, scope, tokens)
+        known: BlockHashChain | None = getattr(request, "hash_chain", None)
+        chain = BlockHashChain(size, scope, tokens) if known is None else known.copy()
         num_reusable = max(0, len(tokens) - 1) // size
         hashes = tuple(chain.hashes)  # a look-up that comes late reads them beside this thread
         wanted = Wanted(hashes, num_computed_tokens // size, num_reusable, scope)
@@ -221,21 +196,48 @@ class SharedCacheScheduler:
             [Load(self._cache.places(load.lease), load.device_blocks) for load in planned]
         )
 
-    def _take_saves(self, output: SchedulerOutput, saves: list[SaveRun], room: int) -> None:
+    def _plan_ahead(self) -> tuple[tuple[int, tuple[PackedLoads, ...]], ...]:
+        return tuple(
+            (request_id, pack_loads([Load(self._cache.places(load.lease), load.device_blocks)]))
+            for request_id, load in self._ledger.take_ahead()
+        )
+
+    def _plan_saves(self, output: SchedulerOutput, room: int, planned: _TurnSaves) -> None:
+        """Add what this turn saves in the `room` of its plan: first what ended requests left."""
+        budget = self._cache.turn_budget
+        planned.early = self._ledger.take_early_saves(room)
+        room -= sum(run.room for run in planned.early)
+        allowed = budget.begin_turn(self._ledger.is_decoding(output.cached_requests))
+        most = self._most_saves(allowed)
+        leaving, planned.let_go = self._ledger.take_leaving(room, most)
+        planned.early += tuple(leaving)
+        room -= sum(run.room for run in leaving)
+        left = most - sum(run.num_blocks for run in leaving)
+        self._take_saves(output, planned.runs, room, left)
+        num_saves = sum(run.num_blocks for run in (*leaving, *planned.runs))
+        budget.spend(num_saves)
+        if self._holds_unsaved and num_saves == most:
+            self._cache.reserve_more_ahead()
+
+    def _most_saves(self, allowed: int | None) -> int:
+        """Blocks that may be saved in this turn, of which copies may take `allowed`."""
+        reserved = self._cache.num_reserved_ahead if self._holds_unsaved else None
+        return min(one for one in (MAX_SAVES, reserved, allowed) if one is not None)
+
+    def _take_saves(
+        self, output: SchedulerOutput, saves: list[SaveRun], room: int, left: int
+    ) -> None:
         """Add what this turn saves: all that is complete, or less while copies hold up others.
 
-        There is `room` in the plan. An error with one request is no reason to forget the others.
+        There is `room` in the plan, and for `left` blocks otherwise. An error with one request is
+        no reason to forget the others.
         """
-        budget = self._cache.turn_budget
-        allowed = budget.begin_turn(self._ledger.is_decoding(output.cached_requests))
-        left = room if allowed is None else allowed
         for is_new, reports in ((True, output.new_requests), (False, output.cached_requests)):
             for report in reports:
                 run = self._take_save(report, is_new, max(0, min(left, room)))
                 if run is not None:
                     saves.append(run)
                     left, room = left - run.num_blocks, room - run.room
-        budget.spend(sum(run.num_blocks for run in saves))
 
     def _take_save(self, report: RequestData, is_new: bool, most: int) -> SaveRun | None:
         with self._faults.caught("planning the saves of a request"):

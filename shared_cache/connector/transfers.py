@@ -75,7 +75,9 @@ class TransferPlan:
     """What the workers are to copy in one turn. Picklable and small: it is broadcast every turn.
 
     `early_saves` are of requests that have ended: copied before the loads and the forward pass,
-    which may write to those blocks. `saves` are copied after the pass that completes them. A
+    which may write to those blocks. `saves` are copied after the pass that completes them.
+    `loads_ahead` are those of requests, by id, that are not computed before they are done.
+    Of the ended requests `let_go` nothing is left to save once this plan is carried out. A
     `refusal` says why this turn must not run at all; there is nothing to copy then.
     """
 
@@ -83,6 +85,8 @@ class TransferPlan:
     saves: tuple[SaveRun, ...] = ()
     early_saves: tuple[SaveRun, ...] = ()
     refusal: str = ""
+    loads_ahead: tuple[tuple[int, tuple[PackedLoads, ...]], ...] = ()
+    let_go: tuple[int, ...] = ()
 
     def loads_of(self, rank: int) -> Sequence[RankLoad]:
         """What `rank` copies to the device before the forward pass, in any order."""

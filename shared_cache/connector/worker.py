@@ -7,15 +7,16 @@ still on their way.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from shared_cache.connector.copier import BlockCopier, BlockCopy, BlockSave, make_copier
+from shared_cache.connector.copier import make_copier
+from shared_cache.connector.copies import BlockCopier, BlockLoad, BlockSave
 from shared_cache.connector.pool_check import check_pool
-from shared_cache.connector.transfers import SaveRun, TransferPlan
+from shared_cache.connector.transfers import PackedLoads, SaveRun, TransferPlan
 from shared_cache.errors import ConfigError
 from shared_cache.faults import FaultLog
 from shared_cache.host.interface import NewRun
@@ -38,10 +39,24 @@ class SharedCacheWorker:
     """
 
     def __init__(
-        self, cache: SharedCache, rank: int = 0, layout: BlockLayout | None = None
+        self,
+        cache: SharedCache,
+        rank: int = 0,
+        layout: BlockLayout | None = None,
+        *,
+        is_told_of_writes: bool = False,
     ) -> None:
-        """`layout` is what the pool must be, axis by axis; None: only its bytes are compared."""
+        """`layout` is what the pool must be, axis by axis; None: only its bytes are compared.
+
+        An engine that calls `before_writes` says so by `is_told_of_writes`; for any other one,
+        every turn waits for the saves of the turns before it.
+        """
         self._cache = cache
+        self._is_told_of_writes = is_told_of_writes
+        self._loading: dict[int, Callable[[], bool]] = {}
+        self._awaited: set[int] = set()
+        self._ended: set[int] = set()
+        self._let_go: set[int] = set()
         self._rank = rank
         self._layout = layout
         self._faults = FaultLog(logger)
@@ -99,17 +114,28 @@ class SharedCacheWorker:
                 f"the KV connector promised tokens that cannot be loaded ({self._plan.refusal}); "
                 "the engine stops, as it would answer from garbage: restart it, and report this"
             )
+        self._let_go.update(self._plan.let_go)
         if self._plan.early_saves and self._copier is not None:
             with self._faults.caught("the save hook"):
                 self._save(self._copier, self._plan.early_saves, stream)
-        copies: list[BlockCopy] = []
-        for load in self._plan.loads_of(self._rank):
-            buffers = self._cache.host.buffers_at(load.place)
-            copies += zip(buffers, load.device_blocks, strict=True)
+        if self._copier is None:
+            if self._plan.packed_loads or self._plan.loads_ahead:
+                raise RuntimeError("start_load_kv before register_kv_caches")
+            return
+        if not self._is_told_of_writes:
+            self._copier.before_writes(None, stream)
+        self._copier.load(self._copies(self._plan.packed_loads), stream)
+        for request_id, loads in self._plan.loads_ahead:
+            self._loading[request_id] = self._copier.load_beside(self._copies(loads), stream)
+
+    def before_writes(self, blocks: Collection[int], stream: Any) -> None:
+        """The engine will write to these device blocks, or have them loaded, from now on.
+
+        Not one of TensorRT-LLM's hooks: see `is_told_of_writes`. To be called before
+        `start_load_kv`, with every block that was free before.
+        """
         if self._copier is not None:
-            self._copier.load(copies, stream)
-        elif copies:
-            raise RuntimeError("start_load_kv before register_kv_caches")
+            self._copier.before_writes(blocks, stream)
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         """Nothing: a block holds all layers, and `stream` waits for all of them."""
@@ -127,14 +153,38 @@ class SharedCacheWorker:
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
     ) -> tuple[list[int], list[int]]:
-        """Nothing: no load and no save outlives its turn as far as the engine is concerned."""
-        return [], []
+        """The ended requests whose blocks nothing will touch any more, and the loads that are done.
+
+        Both lists hold ids that were handed in, in this call or an earlier one, each once. A save
+        that is still reading blocks counts as done: see `before_writes`.
+        """
+        self._ended.update(finished_gen_req_ids)
+        self._awaited.update(started_loading_req_ids)
+        done = [one for one, is_done in self._loading.items() if is_done()]
+        loading = [one for one in done if one in self._awaited and one not in self._ended]
+        for request_id in loading:
+            self._awaited.discard(request_id)
+            del self._loading[request_id]
+        free = self._ended & self._let_go
+        ended = [one for one in free if one not in self._loading or one in done]
+        for request_id in ended:
+            self._ended.discard(request_id)
+            self._let_go.discard(request_id)
+            self._awaited.discard(request_id)
+            self._loading.pop(request_id, None)
+        return ended, loading
 
     def close(self) -> None:
         """Finish the copies that are under way and let go of the pool; again is a no-op."""
         copier, self._copier = self._copier, None
         if copier is not None:
             copier.close()
+
+    def _copies(self, packed: Sequence[PackedLoads]) -> list[BlockLoad]:
+        loads = (loads.of_rank(self._rank) for loads in packed)
+        return [
+            BlockLoad(self._cache.host.blocks_at(load.place), load.device_blocks) for load in loads
+        ]
 
     def _save(self, copier: BlockCopier, saves: Sequence[SaveRun], stream: Any) -> None:
         reserved: list[ReservedRun] = []

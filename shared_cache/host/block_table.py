@@ -161,6 +161,13 @@ class BlockTable:
             block.pinned_until_s = max(block.pinned_until_s, until_s)
         return len(here)
 
+    def unpin(self, hashes: Sequence[BlockHash]) -> int:
+        """End the pins of the leading blocks that are here; how many those were."""
+        here = list(takewhile(self.blocks.__contains__, hashes))
+        for block_hash in here:
+            self.blocks[block_hash].pinned_until_s = float("-inf")
+        return len(here)
+
     def drop_idle(self, hashes: Sequence[BlockHash]) -> int:
         """Drop those of these blocks that nobody can be reading; how many those were."""
         here = [self.blocks[name] for name in dict.fromkeys(hashes) if name in self.blocks]

@@ -206,12 +206,17 @@ class Stock:
     def take(self, num_slots: int) -> tuple[int, ...]:
         """Up to `num_slots` slots."""
         if num_slots > len(self._slots):
-            self._size = min(2 * self._size, self._max_size)
-            self._grown_until_s = self._clock() + GROWN_FOR_S
+            self.grow()
         start = max(0, len(self._slots) - max(0, num_slots))
         taken = tuple(self._slots[start:])
         del self._slots[start:]
         return taken
+
+    def grow(self) -> None:
+        """More is wanted than there is: be larger for a while, and fill up."""
+        self._size = min(2 * self._size, self._max_size)
+        self._grown_until_s = self._clock() + GROWN_FOR_S
+        self._is_to_fill = True
 
     @property
     def is_low(self) -> bool:

@@ -184,7 +184,10 @@ class HostIndex:
 
     def pin(self, namespace: int, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """See `HostTier.pin`."""
-        return self._namespaces.table(namespace).pin(hashes, self._clock() + ttl_s)
+        table = self._namespaces.table(namespace)
+        if not ttl_s:
+            return table.unpin(hashes)
+        return table.pin(hashes, self._clock() + ttl_s)
 
     def is_coming(self, namespace: int, block_hash: BlockHash) -> bool:
         """Whether a holder has claimed this block and it has not come, from anybody."""
@@ -226,6 +229,11 @@ class HostIndex:
     def thaw(self) -> None:
         """All living holders are back: what was adopted may be evicted from now on."""
         self._publisher.thaw()
+
+    def blocks(self) -> list[tuple[BlockHash, bool]]:
+        """All blocks of all namespaces, and whether the shared tier has each."""
+        tables = self._namespaces.all()
+        return [(b.block_hash, b.is_stored) for table in tables for b in table.blocks.values()]
 
     def stats(self, namespace: int) -> HostStats:
         """The counts of one namespace."""

@@ -118,6 +118,23 @@ class Place:
     slots: "array[int]"
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedBlocks:
+    """Blocks in one piece of memory: block i has `block_bytes` bytes from `starts[i]` on.
+
+    A prefix has a thousand of them, and the step has no time for a thousand views.
+    """
+
+    memory: memoryview
+    starts: Sequence[int]
+    block_bytes: int
+
+    def views(self) -> list[memoryview]:
+        """Each block's bytes."""
+        memory, size = self.memory, self.block_bytes
+        return [memory[start : start + size] for start in self.starts]
+
+
 class HostTier(ABC):
     """Verified blocks of one namespace in this node's memory. Thread-safe; no method does file I/O.
 
@@ -168,6 +185,14 @@ class HostTier(ABC):
         Each slot must be given back by `commit` or `cancel`.
         """
 
+    @property
+    def num_reserved_ahead(self) -> int | None:
+        """How many slots `reserve` would give now; None: as many as can be had; *in the step*."""
+        return None
+
+    def reserve_more_ahead(self) -> None:  # noqa: B027 - where nothing is reserved ahead
+        """More slots than `num_reserved_ahead` are wanted soon; *in the step*."""
+
     @abstractmethod
     def commit(self, slots: Sequence[int], run: NewRun) -> HostLease:
         """Publish written slots as the blocks of `run` and lease them in one step.
@@ -200,8 +225,9 @@ class HostTier(ABC):
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """Keep the leading blocks that are here from eviction for `ttl_s`; how many those are.
 
-        At most 30 days at a time; raises `ValueError` for a negative or endless time. Pins, and the
-        priorities and times of `Retention`, do not survive a restart of the arena's owner.
+        0 ends their pins. At most 30 days at a time; raises `ValueError` for a negative or endless
+        time. Pins, and the priorities and times of `Retention`, do not survive a restart of the
+        arena's owner.
         """
 
     @abstractmethod
@@ -216,7 +242,7 @@ class HostTier(ABC):
         """Where these slots of one lease lie, for another process of this node; *in the step*."""
 
     @abstractmethod
-    def buffers_at(self, place: Place) -> list[memoryview]:
+    def blocks_at(self, place: Place) -> PlacedBlocks:
         """The bytes of blocks that some process of this node has leased; *in the step*.
 
         Raises `HostMemoryGoneError` when this process cannot reach that memory any more.

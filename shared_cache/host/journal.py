@@ -29,10 +29,16 @@ class EventRing:
     """The last events of an arena, numbered; older ones are forgotten."""
 
     def __init__(self, first_number: int, max_events: int = 1 << 16) -> None:
-        """Numbers begin at `first_number`, which grows from owner to owner."""
+        """Numbers begin at `first_number`, which grows from owner to owner and names this one."""
+        self.epoch = str(first_number)
         self._first = first_number
         self._max_events = max_events
         self._events: deque[tuple[int, EventKind, BlockHash]] = deque()
+
+    @property
+    def next_number(self) -> int:
+        """The number of the event that comes next."""
+        return self._first + len(self._events)
 
     def add(self, namespace: int, kind: EventKind, block_hash: BlockHash) -> None:
         """Number and keep one event."""
@@ -42,16 +48,18 @@ class EventRing:
             self._first += 1
 
     def since(
-        self, number: int, namespace: int
+        self, number: int, namespace: int | None
     ) -> tuple[int, int, list[tuple[EventKind, BlockHash]]]:
         """The number of the first event looked at, that of the next one to come, and the events.
 
-        Those of other namespaces are left out. A `number` from the future begins with the oldest.
+        Those of other namespaces are left out (None: none are). A `number` from the future begins
+        with the oldest.
         """
-        end = self._first + len(self._events)
+        end = self.next_number
         first = number if self._first <= number <= end else self._first
         wanted = islice(self._events, first - self._first, None)
-        return first, end, [(kind, name) for owner, kind, name in wanted if owner == namespace]
+        told = [(k, name) for owner, k, name in wanted if namespace is None or owner == namespace]
+        return first, end, told
 
 
 class ArenaJournal(Journal):
@@ -81,6 +89,8 @@ class ArenaJournal(Journal):
         """See `Journal.published`."""
         self._records.write(slot, UsedRecord(namespace, record, checksum))
         self._events.add(namespace, EventKind.BROUGHT, record.block_hash)
+        if record.is_stored:
+            self._events.add(namespace, EventKind.STORED, record.block_hash)
 
     def stored(self, slot: int) -> None:
         """See `Journal.stored`."""

@@ -30,6 +30,7 @@ from shared_cache.host.interface import (
     MemoryHook,
     NewRun,
     Place,
+    PlacedBlocks,
 )
 from shared_cache.host.terms import BlockRecord, Claim, Clock, Grant, IndexRules, checked_ttl_s
 
@@ -169,14 +170,18 @@ class LocalHostTier(HostTier):
         """See `HostTier.place`: in this process's own memory."""
         return Place(b"", array("I", [slot // self._slot_stride for slot in slots]))
 
-    def buffers_at(self, place: Place) -> list[memoryview]:
-        """See `HostTier.buffers_at`; only this process can have leased them."""
+    def blocks_at(self, place: Place) -> PlacedBlocks:
+        """See `HostTier.blocks_at`; only this process can have leased them."""
         if place.memory:
             raise HostMemoryGoneError(
                 "blocks in the memory of a node's arena were promised to a process that has "
                 "cache.host.scope process; write scope: node for all ranks of an engine"
             )
-        return [self.buffer(index * self._slot_stride) for index in place.slots]
+        stride_bytes = self._slot_stride * SLOT_ALIGNMENT_BYTES
+        starts = [index * stride_bytes for index in place.slots]
+        if starts and not 0 <= min(starts) <= max(starts) < self._arena_bytes:
+            raise ValueError("a place beyond the host tier's memory")
+        return PlacedBlocks(self._arena, starts, self._block_bytes)
 
     def checksum(self, slot: int) -> int:
         """See `HostTier.checksum`."""

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shared_cache.faults import FaultLog
 from shared_cache.host.extents import SLOT_ALIGNMENT_BYTES
 from shared_cache.host.folder import ArenaPaths
-from shared_cache.host.interface import MemoryHook
+from shared_cache.host.interface import MemoryHook, PlacedBlocks
 from shared_cache.host.record_format import (
     HEADER_BYTES,
     PAYLOAD_CHECKSUM_OFFSET,
@@ -24,6 +27,7 @@ from shared_cache.host.record_format import (
     Header,
     decode_payload_checksum,
 )
+from shared_cache.parallel import run_all
 from shared_cache.threads import IoThreads
 
 MADV_POPULATE_WRITE = 23
@@ -57,6 +61,7 @@ class MappedArena:
         self.block_bytes = block_bytes
         self._geometry = geometry
         self.slot_units = -(-block_bytes // SLOT_ALIGNMENT_BYTES)
+        self.num_extents = geometry.num_extents
         self.slots_per_extent = geometry.extent_units // self.slot_units
         self.num_slots = geometry.num_extents * self.slots_per_extent
         self._arena = map_file(arena_fd, geometry.arena_bytes)
@@ -97,6 +102,16 @@ class MappedArena:
             raise ValueError(f"slot {slot} is not one of the host tier's")
         start = (slot - self.base) * SLOT_ALIGNMENT_BYTES
         return self._memory[start : start + self.block_bytes]
+
+    def blocks(self, units: NDArray[np.int64]) -> PlacedBlocks:
+        """The bytes of slots, given in units from the arena's beginning.
+
+        Raises `ValueError` where one is none of this arena's.
+        """
+        if len(units) and not 0 <= units.min() <= units.max() < self.end - self.base:
+            raise ValueError("a place beyond the arena")
+        starts: list[int] = (units * SLOT_ALIGNMENT_BYTES).tolist()
+        return PlacedBlocks(self._memory, starts, self.block_bytes)
 
     def checksum(self, slot: int) -> int:
         """The checksum of the block in a leased slot, as its record has it."""
@@ -153,6 +168,12 @@ class ExtentWatch:
         if any((arena.boot, (slot - arena.base) // arena.extent_units) not in self._known
                for slot in slots):  # fmt: skip
             self._thread.submit(partial(self.show, arena, slots))
+
+    def populate(self, arena: MappedArena) -> None:
+        """Have all of an arena's memory now; waits for it."""
+        extents = range(arena.num_extents)
+        run_all([partial(_touch, arena, extent) for extent in extents])
+        self.show(arena, [arena.base + extent * arena.extent_units for extent in extents])
 
     def show_to(self, hook: MemoryHook, arenas: Sequence[MappedArena]) -> None:
         """Call `hook` with every extent that was shown already, and with those to come."""

@@ -9,7 +9,6 @@ else; what is leased stays readable, as nobody gives those slots to others.
 import logging
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from shared_cache.checksum import block_checksum
 from shared_cache.config import HostConfig
@@ -26,32 +25,19 @@ from shared_cache.host.interface import (
     MemoryHook,
     NewRun,
     Place,
+    PlacedBlocks,
 )
-from shared_cache.host.journal import EventKind
 from shared_cache.host.mapping import ExtentWatch, MappedArena
 from shared_cache.host.places import ArenaPlaces
-from shared_cache.host.protocol import pack_hashes, unpack_hashes
+from shared_cache.host.protocol import pack_hashes
+from shared_cache.host.questions import BlockEvents, OwnerQuestions
 from shared_cache.host.requests import NO_LEASE, REQUEST_TIMEOUT_S, OwnerRequests
 from shared_cache.host.session import OwnerSession, SessionTerms
-from shared_cache.host.terms import StoreAdmission, checked_ttl_s
+from shared_cache.host.terms import StoreAdmission
 
 logger = logging.getLogger(__name__)
 
 NO_CLAIM = HostClaim(NO_LEASE, ())
-
-HASHES_ASKED_AT_ONCE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class BlockEvents:
-    """What happened to blocks, from event number `first` on; go on with `next`.
-
-    A `first` that is not the number asked for means that events between are forgotten.
-    """
-
-    first: int
-    next: int
-    events: tuple[tuple[EventKind, BlockHash], ...]
 
 
 def open_node_tier(
@@ -94,8 +80,7 @@ class NodeHostTier(HostTier):
         self._faults = faults
         self._num_slots = arena.num_slots
         self._block_bytes = arena.block_bytes
-        empty = HostStats(self._num_slots, self._num_slots, 0, 0, 0, 0, self._block_bytes)
-        self._last_stats = replace(empty, is_connected=False)
+        self._questions = OwnerQuestions(session, requests)
 
     @property
     def num_slots(self) -> int:
@@ -162,6 +147,20 @@ class NodeHostTier(HostTier):
             session.link.wake()
         return slots
 
+    @property
+    def num_reserved_ahead(self) -> int | None:
+        """See `HostTier.num_reserved_ahead`."""
+        with self._session.lock:
+            return len(self._session.stock)
+
+    def reserve_more_ahead(self) -> None:
+        """See `HostTier.reserve_more_ahead`."""
+        with self._session.lock:
+            self._session.stock.grow()
+            is_low = self._session.stock.is_low
+        if is_low and self._session.link is not None:
+            self._session.link.wake()
+
     def commit(self, slots: Sequence[int], run: NewRun) -> HostLease:
         """See `HostTier.commit`."""
         session = self._session
@@ -205,28 +204,16 @@ class NodeHostTier(HostTier):
             link.tell(wire.Notice(stored=packed) if is_stored else wire.Notice(not_stored=packed))
 
     def in_use(self, hashes: Sequence[BlockHash]) -> frozenset[BlockHash]:
-        """See `HostTier.in_use`; the owner is asked in parts, as it serves others too."""
-        found: list[BlockHash] = []
-        for start in range(0, len(hashes), HASHES_ASKED_AT_ONCE):
-            asked = hashes[start : start + HASHES_ASKED_AT_ONCE]
-            request = wire.GetInUse(0, pack_hashes(asked))
-            reply = self._requests.ask(self._session.link, request, wire.InUse)
-            if reply is None:
-                break
-            found.extend(asked[place] for place in reply.positions if 0 <= place < len(asked))
-        return frozenset(found)
+        """See `HostTier.in_use`."""
+        return self._questions.in_use(hashes)
 
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """See `HostTier.pin`."""
-        request = wire.Pin(0, pack_hashes(hashes), checked_ttl_s(ttl_s) or 0.0)
-        pinned = self._requests.ask(self._session.link, request, wire.Count)
-        return pinned.num_blocks if pinned is not None else 0
+        return self._questions.pin(hashes, ttl_s)
 
     def drop(self, hashes: Sequence[BlockHash]) -> int:
         """See `HostTier.drop`."""
-        request = wire.Drop(0, pack_hashes(hashes))
-        dropped = self._requests.ask(self._session.link, request, wire.Count)
-        return dropped.num_blocks if dropped is not None else 0
+        return self._questions.drop(hashes)
 
     def buffer(self, slot: int) -> memoryview:
         """See `HostTier.buffer`."""
@@ -237,9 +224,9 @@ class NodeHostTier(HostTier):
         arena = self._arena_with(slots[0]) if slots else self._session.arenas[0]
         return self._places.place(arena, slots)
 
-    def buffers_at(self, place: Place) -> list[memoryview]:
-        """See `HostTier.buffers_at`."""
-        return self._places.buffers(place)
+    def blocks_at(self, place: Place) -> PlacedBlocks:
+        """See `HostTier.blocks_at`."""
+        return self._places.blocks(place)
 
     def checksum(self, slot: int) -> int:
         """See `HostTier.checksum`."""
@@ -247,24 +234,17 @@ class NodeHostTier(HostTier):
 
     def stats(self) -> HostStats:
         """See `HostTier.stats`; while the owner is away, what it said last."""
-        reply = self._requests.ask(self._session.link, wire.GetStats(0), wire.Stats)
-        if reply is None:
-            return replace(self._last_stats, is_connected=False)
-        self._last_stats = reply.stats
-        return reply.stats
+        return self._questions.stats()
 
     def events(self, since: int = 0) -> BlockEvents | None:
         """What happened to this namespace's blocks from event `since` on; None: owner away."""
-        reply = self._requests.ask(self._session.link, wire.GetEvents(0, since), wire.Events)
-        if reply is None:
-            return None
-        kinds = [EventKind(kind) for kind in reply.kinds]
-        events = tuple(zip(kinds, unpack_hashes(reply.hashes), strict=True))
-        return BlockEvents(reply.first, reply.next, events)
+        return self._questions.events(since)
 
     def show_memory(self, hook: MemoryHook) -> None:
-        """See `HostTier.show_memory`; extent by extent, as they come into use."""
+        """See `HostTier.show_memory`; extent by extent, as they come into use, or all now."""
         self._session.extents.show_to(hook, self._session.arenas)
+        if self._session.is_populated:
+            self._session.extents.populate(self._session.arenas[0])
 
     def close(self) -> None:
         """See `HostTier.close`."""

@@ -31,6 +31,7 @@ from shared_cache.host.folder import (
 from shared_cache.host.index import HostIndex
 from shared_cache.host.journal import ArenaJournal, EventRing
 from shared_cache.host.leftovers import ALIVE_S, sweep
+from shared_cache.host.news import ArenaNews
 from shared_cache.host.record_format import DamagedRecordsError
 from shared_cache.host.roster import ArenaState, Roster
 from shared_cache.host.service import Service
@@ -87,6 +88,11 @@ class ArenaOwner:
         if self._running.adoption is not None:
             self._begin(self._running.adoption.run())
         logger.info("process %d owns the arena %s", os.getpid(), paths.arena)
+
+    @property
+    def news(self) -> ArenaNews | None:
+        """What its arena holds, gets and loses; None while it owns none."""
+        return None if self._running is None else self._running.news
 
     async def wait_stopped(self) -> None:
         """Return when it has been stopped."""
@@ -184,6 +190,7 @@ class _Running:
         self._socket_inode = 0
         self._arena_lock: HeldLock | None = None
         self.adoption = adoption
+        self.news = ArenaNews(state.index, state.events)
         self.roster = Roster(state, adoption, living, self._service.look_at_parked)
 
     async def listen(self) -> None:

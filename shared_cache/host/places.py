@@ -16,7 +16,7 @@ import numpy as np
 
 from shared_cache.errors import HostMemoryGoneError
 from shared_cache.host.folder import ArenaPaths
-from shared_cache.host.interface import Place
+from shared_cache.host.interface import Place, PlacedBlocks
 from shared_cache.host.mapping import MappedArena
 from shared_cache.host.session import OwnerSession
 
@@ -40,16 +40,16 @@ class ArenaPlaces:
         indices = extents * arena.slots_per_extent + units // arena.slot_units
         return Place(arena.boot, array("I", indices.astype(np.uint32).tobytes()))
 
-    def buffers(self, place: Place) -> list[memoryview]:
+    def blocks(self, place: Place) -> PlacedBlocks:
         """The bytes at `place`; `HostMemoryGoneError` where that arena is mapped by nobody here."""
         arena = self._find(place.memory)
         indices = np.frombuffer(place.slots, np.uint32).astype(np.int64)
         extents, units = np.divmod(indices, arena.slots_per_extent)
-        slots = arena.base + extents * arena.extent_units + units * arena.slot_units
+        places = extents * arena.extent_units + units * arena.slot_units
         if arena in self._session.arenas:  # what comes next from there may be copied faster
             firsts = arena.base + np.unique(extents) * arena.extent_units
             self._session.extents.show_soon(arena, firsts.tolist())
-        return [arena.buffer(slot) for slot in slots.tolist()]
+        return arena.blocks(places)
 
     def _find(self, memory: bytes) -> MappedArena:
         for arena in (*self._session.arenas, self._last):

@@ -80,6 +80,11 @@ class OwnerSession:
         self._thread = threading.Thread(target=self._stay_attached, name="kvcommons-host")
         self._thread.daemon = True
 
+    @property
+    def is_populated(self) -> bool:
+        """Whether all memory is to be taken at start."""
+        return self._terms.config.populate
+
     def open(self) -> None:
         """Attach for the first time; waits up to `START_TIMEOUT_S`, then raises `ConfigError`."""
         terms, deadline_s = self._terms, time.monotonic() + START_TIMEOUT_S

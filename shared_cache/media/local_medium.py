@@ -168,8 +168,7 @@ class _LocalReader(Reader):
 
     def _read_some(self, buffers: list[memoryview], start: int) -> int:
         """How many bytes one system call has read; 0 at the end of the file."""
-        is_whole = all(n % _PAGE_BYTES == 0 for n in (start, *(view.nbytes for view in buffers)))
-        if is_whole and self._direct is not None:
+        if self._direct is not None and _is_whole_pages(start, buffers):
             try:
                 return os.preadv(self._direct, buffers, start)
             except OSError as error:
@@ -182,6 +181,10 @@ class _LocalReader(Reader):
         direct, self._direct = self._direct, None
         if direct is not None:
             os.close(direct)
+
+
+def _is_whole_pages(start: int, buffers: list[memoryview]) -> bool:
+    return all(n % _PAGE_BYTES == 0 for n in (start, *(view.nbytes for view in buffers)))
 
 
 def _open_direct(descriptor: int) -> int | None:

@@ -9,6 +9,8 @@ payloads (`head`) and after them (`tail`). The head ends where the payloads begi
     kvcommons.format          version of this format
     kvcommons.namespace       `Namespace.to_json()`
     kvcommons.codec           how payloads are stored: none, shuffle-zstd (see `compression`)
+    kvcommons.tenant          who pays for the blocks, 16 hexadecimal digits; zeros: nobody. The
+                              first objects of this version have no such entry
     kvcommons.num_blocks      fixed-width decimal, as are the five offsets
     kvcommons.<column>_offset where the bytes of a column begin in the file
     kvcommons.index_xxh3_64   checksum over all of the above and the four small columns
@@ -30,7 +32,7 @@ import xxhash
 
 from shared_cache.checksum import block_checksum
 from shared_cache.errors import CorruptBlockError, ForeignBlockError
-from shared_cache.hashing import HASH_BYTES, BlockHash
+from shared_cache.hashing import HASH_BYTES, TENANT_BYTES, BlockHash
 from shared_cache.namespace import DTYPE_BYTES, FORMAT_VERSION, Namespace
 from shared_cache.parallel import run_all
 from shared_cache.stores.compression import CODEC_NAMES, PLAIN, CodecName, compress
@@ -53,6 +55,8 @@ MAX_HEAD_BYTES = 64 << 20
 _MAGIC = b"ARROW1\0\0"
 _CONTINUATION = b"\xff\xff\xff\xff"
 _PREFIX_BYTES = len(_MAGIC) + 8
+_TENANT_KEY = b"kvcommons.tenant"
+_NOBODY = bytes(TENANT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class RunHead:
 
     `ends[i]` is where that block's stored bytes end, counted from `payload_offset`, in a run that
     is compressed as numbers of `element_bytes`; empty in one whose blocks are stored as they are.
+    `tenant` is who pays for them.
     """
 
     parent: BlockHash
@@ -69,6 +74,7 @@ class RunHead:
     payload_offset: int
     ends: tuple[int, ...] = ()
     element_bytes: int = 1
+    tenant: bytes = b""
 
     def place_of(self, row: int, num_blocks: int, block_bytes: int) -> tuple[int, int]:
         """Where the stored bytes of some blocks begin in the object, and where they end."""
@@ -104,6 +110,8 @@ def encode(namespace: Namespace, run: BlockRun, codec: CodecName = PLAIN) -> Enc
     block_bytes = namespace.layout.block_bytes
     if any(payload.nbytes != block_bytes for payload in run.payloads):
         raise ValueError(f"a payload has a wrong size; a block has {block_bytes} bytes")
+    if len(run.tenant) not in (0, TENANT_BYTES):
+        raise ValueError(f"a tenant has a wrong size; it has {TENANT_BYTES} bytes")
     if any(len(block_hash) != HASH_BYTES for block_hash in (run.parent, *run.hashes)):
         raise ValueError(f"a block hash has a wrong size; it has {HASH_BYTES} bytes")
     checksums = run.checksums or tuple(map(block_checksum, run.hashes, run.payloads))
@@ -115,7 +123,7 @@ def encode(namespace: Namespace, run: BlockRun, codec: CodecName = PLAIN) -> Enc
         jobs = (partial(compress, payload, element_bytes) for payload in payloads)
         payloads = tuple(run_all(jobs))
         ends = tuple(accumulate(payload.nbytes for payload in payloads))
-    index = RunHead(run.parent, run.hashes, checksums, 0, ends, element_bytes)
+    index = RunHead(run.parent, run.hashes, checksums, 0, ends, element_bytes, run.tenant)
     return _framed(namespace, codec, index, payloads)
 
 
@@ -135,14 +143,19 @@ def _framed(
         "xxh3_64": struct.pack(f"<{len(sizes)}Q", *index.checksums),
         "stored_bytes": struct.pack(f"<{len(sizes)}Q", *sizes),
     }
-    index_checksum = _index_checksum(framing.fields, columns)
-    head = bytearray(framing.head.replace(framing.placeholder, index_checksum))
+    tenant = (index.tenant or _NOBODY).hex().encode()
+    index_checksum = _index_checksum({**framing.fields, "tenant": tenant}, columns)
+
+    def filled(text: bytes) -> bytearray:
+        named = text.replace(framing.tenant_placeholder, tenant)
+        return bytearray(named.replace(framing.placeholder, index_checksum))
+
+    head = filled(framing.head)
     for name, column in columns.items():
         offset = framing.offsets[name]
         head[offset : offset + len(column)] = column
-    tail = framing.tail.replace(framing.placeholder, index_checksum)
     index = replace(index, payload_offset=framing.offsets["payload"])
-    return EncodedRun(bytes(head), payloads, tail, index)
+    return EncodedRun(bytes(head), payloads, bytes(filled(framing.tail)), index)
 
 
 def bytes_needed(start: bytes) -> int:
@@ -187,7 +200,10 @@ def parse_head(start: bytes, namespace: Namespace) -> RunHead:
     ends = _ends(fields["codec"], stored_bytes, namespace.layout.block_bytes)
     payload_offset = _numbers(fields)["payload_offset"]
     element_bytes = DTYPE_BYTES[namespace.layout.dtype] if ends else 1
-    return RunHead(parents[0], tuple(hashes), checksums, payload_offset, ends, element_bytes)
+    tenant = _tenant(fields.get("tenant", b""))
+    return RunHead(
+        parents[0], tuple(hashes), checksums, payload_offset, ends, element_bytes, tenant
+    )
 
 
 def _index_columns(start: bytes, fields: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -202,6 +218,14 @@ def _index_columns(start: bytes, fields: Mapping[str, bytes]) -> dict[str, bytes
             raise CorruptBlockError(f"column {name} lies outside of the head")
         columns[name] = start[offset:end]
     return columns
+
+
+def _tenant(digits: bytes) -> bytes:
+    try:
+        tenant = bytes.fromhex(digits.decode())
+    except ValueError as error:
+        raise CorruptBlockError(f"the tenant is no number: {digits[:40]!r}") from error
+    return b"" if tenant == _NOBODY else tenant
 
 
 def _ends(codec: bytes, stored_bytes: tuple[int, ...], block_bytes: int) -> tuple[int, ...]:
@@ -224,9 +248,11 @@ def _fields(start: bytes) -> Mapping[str, bytes]:
         raise CorruptBlockError(f"the schema is unreadable: {error}") from error
     try:
         keys = ("format", "namespace", "codec", "index_xxh3_64", *NUMBER_KEYS)
-        return {key: metadata[f"kvcommons.{key}".encode()] for key in keys}
+        fields = {key: metadata[f"kvcommons.{key}".encode()] for key in keys}
     except KeyError as error:
         raise ForeignBlockError(f"an Arrow file without {error.args[0]!r}") from error
+    tenant = metadata.get(_TENANT_KEY)
+    return fields if tenant is None else {**fields, "tenant": tenant}
 
 
 def _numbers(fields: Mapping[str, bytes]) -> dict[str, int]:
@@ -239,7 +265,8 @@ def _numbers(fields: Mapping[str, bytes]) -> dict[str, int]:
 def _index_checksum(fields: Mapping[str, bytes], columns: Mapping[str, bytes]) -> bytes:
     """16 hexadecimal digits over everything that a reader takes from a head."""
     digest = xxhash.xxh3_64()
-    for key in ("format", "namespace", "codec", *NUMBER_KEYS):
+    tenant = ("tenant",) if "tenant" in fields else ()
+    for key in ("format", "namespace", "codec", *tenant, *NUMBER_KEYS):
         digest.update(len(fields[key]).to_bytes(8, "little") + fields[key])
     for name in INDEX_COLUMNS:
         digest.update(columns[name])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shared_cache.hashing import HASH_BYTES
+from shared_cache.hashing import HASH_BYTES, TENANT_BYTES
 from shared_cache.namespace import FORMAT_VERSION, Namespace
 from shared_cache.stores.compression import PLAIN, CodecName
 
@@ -35,7 +35,8 @@ class Framing:
     """The bytes around the payloads of a run: zeros where the index columns go.
 
     `offsets` says where each column begins in the file. `placeholder` occurs once in `head` and
-    once in `tail`, where the index checksum goes; `fields` are the metadata that it covers.
+    once in `tail`, where the index checksum goes, and so does `tenant_placeholder`; `fields` are
+    the metadata that the checksum covers.
     """
 
     head: bytes
@@ -43,6 +44,7 @@ class Framing:
     offsets: Mapping[str, int]
     fields: Mapping[str, bytes]
     placeholder: bytes
+    tenant_placeholder: bytes
 
 
 def plain_framing(namespace: Namespace, num_blocks: int) -> Framing:
@@ -54,12 +56,14 @@ def framing_of(namespace: Namespace, codec: CodecName, stored_bytes: Sequence[in
     """The framing of a run whose payloads have these sizes."""
     if not stored_bytes:
         raise ValueError("a stored run has at least one block")
-    placeholder = hashlib.sha256(namespace_text(namespace)).hexdigest()[:16].encode()
+    digest = hashlib.sha256(namespace_text(namespace)).hexdigest().encode()
+    placeholder, tenant = digest[:16], digest[16 : 16 + 2 * TENANT_BYTES]
     fields = {
         "format": str(FORMAT_VERSION).encode(),
         "namespace": namespace_text(namespace),
         "codec": codec.encode(),
         "index_xxh3_64": placeholder,
+        "tenant": tenant,
         **dict.fromkeys(NUMBER_KEYS, b"0" * NUMBER_DIGITS),
     }
     measured = _frame(fields, stored_bytes, 0).offsets
@@ -70,9 +74,10 @@ def framing_of(namespace: Namespace, codec: CodecName, stored_bytes: Sequence[in
         fields[key] = f"{number:0{NUMBER_DIGITS}d}".encode()
     frame = _frame(fields, stored_bytes, pad_bytes)
     head, tail = bytes(frame.head), bytes(frame.tail)
-    if frame.offsets != offsets or {head.count(placeholder), tail.count(placeholder)} != {1}:
+    counts = {part.count(text) for part in (head, tail) for text in (placeholder, tenant)}
+    if frame.offsets != offsets or counts != {1}:
         raise RuntimeError(f"pyarrow {pa.__version__} frames files in a way unknown to kvcommons")
-    return Framing(head, tail, offsets, fields, placeholder)
+    return Framing(head, tail, offsets, fields, placeholder, tenant)
 
 
 @lru_cache(maxsize=16)

@@ -19,13 +19,7 @@ from functools import partial
 from itertools import compress
 from typing import Any
 
-from shared_cache.errors import (
-    CorruptBlockError,
-    ForeignBlockError,
-    StoreError,
-    StoreFullError,
-    StoreReadOnlyError,
-)
+from shared_cache.errors import CorruptBlockError, StoreFullError, StoreReadOnlyError
 from shared_cache.hashing import BlockHash
 from shared_cache.media.io_errors import reading, writing
 from shared_cache.media.medium import ListedObject, Medium
@@ -33,15 +27,15 @@ from shared_cache.media.opening import open_medium
 from shared_cache.media.retries import DEFAULT_TIMEOUT_S
 from shared_cache.namespace import FORMAT_VERSION, Namespace
 from shared_cache.parallel import run_all
-from shared_cache.stores.codec import RunHead, encode
+from shared_cache.stores.codec import encode
 from shared_cache.stores.codec_choice import CodecChoice
 from shared_cache.stores.compression import PLAIN, CodecSetting, check_codec
-from shared_cache.stores.known_runs import KnownRuns, Place
+from shared_cache.stores.finding import RunFinder
 from shared_cache.stores.refreshing import Refresher
-from shared_cache.stores.run_objects import is_object_name, object_name, read_blocks, read_head
+from shared_cache.stores.run_objects import is_object_name, object_name, read_blocks
 from shared_cache.stores.store import BlockRun, BlockStore, StoredRun
 from shared_cache.stores.store_access import check_readable, try_to_write
-from shared_cache.stores.store_faults import FaultCounts, StoreFaults
+from shared_cache.stores.store_faults import StoreFaults
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +103,14 @@ class FsBlockStore(BlockStore):
         self.url = url
         self._codec = CodecChoice(codec)
         self._medium = medium
-        self._known = KnownRuns()
+        self._runs = RunFinder(medium, namespace, url, read_only)
         self._closing = threading.Event()
         self._refresher = Refresher(self.refresh)
-        self._faults = FaultCounts(url)
 
     @property
     def faults(self) -> StoreFaults:
         """Counts since this store was opened."""
-        return self._faults.counts
+        return self._runs.faults.counts
 
     @property
     def num_retries(self) -> int:
@@ -126,7 +119,7 @@ class FsBlockStore(BlockStore):
 
     def match(self, hashes: Sequence[BlockHash]) -> int:
         """See `BlockStore.match`."""
-        return self._match(hashes)
+        return self._runs.match(hashes)
 
     def read_into(
         self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
@@ -139,7 +132,9 @@ class FsBlockStore(BlockStore):
         checksums: list[int] = []
         num_faults, suspect = 0, None
         with reading(self.url):
-            while (done := len(checksums)) < len(hashes) and (place := self._find(hashes[done])):
+            while (done := len(checksums)) < len(hashes) and (
+                place := self._runs.find(hashes[done])
+            ):
                 wanted = hashes[done : done + place.num_common(hashes[done:])]
                 good = read_blocks(
                     self._medium, place, wanted, buffers[done:], note_use=not self.read_only
@@ -148,9 +143,11 @@ class FsBlockStore(BlockStore):
                 if len(good) == len(wanted):
                     continue
                 num_faults += 1
-                head = self._probe(place.name)
+                head = self._runs.probe(place.name)
                 if head is not None and head == place.head == suspect:
-                    self._discard(place.name, CorruptBlockError(f"block {wanted[len(good)].hex()}"))
+                    self._runs.discard(
+                        place.name, CorruptBlockError(f"block {wanted[len(good)].hex()}")
+                    )
                     break
                 if num_faults == MAX_READ_FAULTS:
                     break
@@ -169,7 +166,7 @@ class FsBlockStore(BlockStore):
         max_blocks = max(1, MAX_OBJECT_BYTES // self.namespace.layout.block_bytes)
         written: set[BlockHash] = set()
         checked: set[str] = set()
-        start, replace = self._match(run.hashes, checked), False
+        start, replace = self._runs.match(run.hashes, checked), False
         while start < len(run.hashes):
             parts = run.tail(start).split(max_blocks)
             jobs = [partial(self._publish, part, replace and part is parts[0]) for part in parts]
@@ -180,7 +177,7 @@ class FsBlockStore(BlockStore):
                 checked.add(object_name(part.hashes[0]))
             start += len(parts[0].hashes) if are_published[0] else 0
             # Where somebody had a name already: keep that if readable, write what it lacks.
-            num_found = self._match(run.hashes[start:], checked)
+            num_found = self._runs.match(run.hashes[start:], checked)
             start, replace = start + num_found, not (are_published[0] or num_found)
         return len(written)
 
@@ -190,23 +187,23 @@ class FsBlockStore(BlockStore):
         for first in range(0, len(listed), _HEADS_AT_ONCE):
             items = listed[first : first + _HEADS_AT_ONCE]
             with reading(self.url):
-                heads = run_all(partial(self._probe, item.name) for item in items)
+                heads = run_all(partial(self._runs.probe, item.name) for item in items)
             for (name, num_bytes, used_s), head in zip(items, heads, strict=True):
                 if head is not None:
-                    yield StoredRun(name, head.parent, head.hashes, num_bytes, used_s)
+                    yield StoredRun(name, head.parent, head.hashes, num_bytes, used_s, head.tenant)
 
     def refresh(self) -> int:
         """See `BlockStore.refresh`; what was used last is looked up first, while there is room.
 
         A store with more heads than can be remembered is not even listed once they fill that room.
         """
-        known = self._known.names()
-        if not self._known.is_full:
+        known = self._runs.known.names()
+        if not self._runs.known.is_full:
             listed = sorted(self._list(), key=lambda item: -item.used_s)
             for name in known.difference(item.name for item in listed):
-                self._known.forget(name)
+                self._runs.known.forget(name)
             self._look_up([item.name for item in listed[:REFRESH_OBJECTS]])
-        return self._known.num_blocks
+        return self._runs.known.num_blocks
 
     def refresh_in_background(self) -> None:
         """See `BlockStore.refresh_in_background`."""
@@ -223,7 +220,18 @@ class FsBlockStore(BlockStore):
             raise ValueError(f"{name!r} does not name a stored object; take names from entries()")
         with writing(self.url):
             self._medium.recycle(name)
-        self._known.forget(name)
+        self._runs.known.forget(name)
+
+    def forget(self, hashes: Sequence[BlockHash]) -> int:
+        """See `BlockStore.forget`; lists nothing: blocks are found as `match` finds them."""
+        self._runs.match(hashes)
+        names: set[str] = set()
+        find = self._runs.find
+        for block_hash in hashes:
+            while (place := find(block_hash, set())) is not None and place.name not in names:
+                self.delete(place.name)
+                names.add(place.name)
+        return len(names)
 
     def _list(self) -> list[ListedObject]:
         with reading(self.url):
@@ -231,20 +239,13 @@ class FsBlockStore(BlockStore):
 
     def _look_up(self, names: Sequence[str]) -> None:
         """Read the heads that are not remembered yet, one by one, while there is room for them."""
-        known = self._known.names()
+        known = self._runs.known.names()
         for num_read, name in enumerate(name for name in names if name not in known):
             pause_s = 0.0 if num_read % _HEADS_AT_ONCE else _REFRESH_PAUSE_S
-            if self._known.is_full or self._closing.wait(pause_s):
+            if self._runs.known.is_full or self._closing.wait(pause_s):
                 return
             with reading(self.url):
-                self._probe(name)
-
-    def _match(self, hashes: Sequence[BlockHash], checked: set[str] | None = None) -> int:
-        num_found = 0
-        with reading(self.url):
-            while num_found < len(hashes) and (place := self._find(hashes[num_found], checked)):
-                num_found += place.num_common(hashes[num_found:])
-        return num_found
+                self._runs.probe(name)
 
     def _publish(self, run: BlockRun, replace: bool) -> bool:
         """Write `run` as one object; False when there is one of that name and not to `replace`."""
@@ -254,51 +255,5 @@ class FsBlockStore(BlockStore):
             is_published = self._medium.publish(name, parts, replace=replace)
             done.num_bytes = sum(part.nbytes for part in parts) if is_published else 0
         if is_published:
-            self._known.add(name, encoded.index)
+            self._runs.known.add(name, encoded.index)
         return is_published
-
-    def _find(self, block_hash: BlockHash, checked: set[str] | None = None) -> Place | None:
-        """Where a block lies. With `checked` only objects named there are believed without a look.
-
-        Those that were looked at are added.
-        """
-        place = self._known.find(block_hash)
-        if place is not None and checked is not None and place.name not in checked:
-            checked.add(place.name)
-            self._probe(place.name, expected=False)
-            return self._find(block_hash, checked)
-        if place is None:
-            name = object_name(block_hash)
-            head = self._probe(name, expected=False)
-            place = Place(name, head, 0) if head else None
-            if checked is not None:
-                checked.add(name)
-        return place
-
-    def _probe(self, name: str, *, expected: bool = True) -> RunHead | None:
-        """Read the head of an object afresh and remember it; None, and forgotten, if it is bad."""
-        try:
-            head = read_head(self._medium, name, self.namespace)
-        except FileNotFoundError:
-            if expected:
-                self._faults.count("vanished", name, "it is gone")
-        except ForeignBlockError as error:
-            self._faults.count("foreign", name, error)
-        except CorruptBlockError as error:
-            self._discard(name, error)
-        else:
-            self._known.add(name, head)
-            return head
-        self._known.forget(name)
-        return None
-
-    def _discard(self, name: str, error: CorruptBlockError) -> None:
-        """Forget a damaged object and, where that is allowed, make its name free again."""
-        self._known.forget(name)
-        self._faults.count("corrupt", name, error)
-        if not self.read_only:
-            try:
-                with writing(self.url):
-                    self._medium.remove(name)
-            except StoreError as failure:
-                logger.warning("could not remove the damaged object %s: %s", name, failure)

@@ -10,7 +10,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
@@ -25,13 +24,14 @@ class BlockRun:
     `parent` is the hash before the first block, so `hashes[i]`'s parent is `hashes[i - 1]`.
     Each payload is one block, exactly `namespace.layout.block_bytes` long and contiguous; stores
     read the buffers and never keep them. `checksums` (`block_checksum`, one for each block) spare
-    the store to compute them; empty: it does.
+    the store to compute them; empty: it does. `tenant` is who pays for them (`ReuseScope.tenant`).
     """
 
     parent: BlockHash
     hashes: tuple[BlockHash, ...]
     payloads: tuple[memoryview, ...]
     checksums: tuple[int, ...] = ()
+    tenant: bytes = b""
 
     def __post_init__(self) -> None:
         if len(self.hashes) != len(self.payloads):
@@ -41,22 +41,27 @@ class BlockRun:
 
     def tail(self, start: int) -> "BlockRun":
         """This run without its first `start` blocks."""
-        parent = self.hashes[start - 1] if start else self.parent
-        return BlockRun(parent, self.hashes[start:], self.payloads[start:], self.checksums[start:])
+        return self.part(start, len(self.hashes))
 
     def split(self, max_blocks: int) -> "list[BlockRun]":
-        """This run in order, in as few parts of at most `max_blocks` as will do, nearly equal."""
-        num_parts = -(-len(self.hashes) // max_blocks) or 1
-        bounds = [index * len(self.hashes) // num_parts for index in range(num_parts + 1)]
+        """This run in order, in parts of `max_blocks`; the last one has what is left.
+
+        Equal parts let a reader guess where they begin (see `finding`).
+        """
         return [
-            BlockRun(
-                self.hashes[start - 1] if start else self.parent,
-                self.hashes[start:stop],
-                self.payloads[start:stop],
-                self.checksums[start:stop],
-            )
-            for start, stop in pairwise(bounds)
+            self.part(start, start + max_blocks)
+            for start in range(0, len(self.hashes) or 1, max_blocks)
         ]
+
+    def part(self, start: int, stop: int) -> "BlockRun":
+        """The blocks from `start` up to `stop`."""
+        return BlockRun(
+            self.hashes[start - 1] if start else self.parent,
+            self.hashes[start:stop],
+            self.payloads[start:stop],
+            self.checksums[start:stop],
+            self.tenant,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class StoredRun:
     """One stored object as listing shows it; `num_bytes` is its size in the store.
 
     `used_s` is when it was written or, where the medium can note that, read last (seconds since the
-    epoch; 0.0 where it tells no time).
+    epoch; 0.0 where it tells no time). `tenant` is who pays for it; empty: nobody.
     """
 
     name: str
@@ -72,6 +77,7 @@ class StoredRun:
     hashes: tuple[BlockHash, ...]
     num_bytes: int
     used_s: float = 0.0
+    tenant: bytes = b""
 
 
 class BlockStore(ABC):
@@ -133,6 +139,17 @@ class BlockStore(ABC):
     def delete(self, name: str) -> None:
         """Remove one object by its name as `entries` gave it; one that is gone is no error."""
 
+    def forget(self, hashes: Sequence[BlockHash]) -> int:
+        """Delete the objects that hold any of these blocks; how many those were.
+
+        `hashes` are a chain from its first block on, or single blocks. Raises `StoreError`.
+        """
+        wanted = set(hashes)
+        names = [run.name for run in self.entries() if not wanted.isdisjoint(run.hashes)]
+        for name in names:
+            self.delete(name)
+        return len(names)
+
     def refresh(self) -> int:
         """Look up, by listing, where blocks lie; how many blocks are known to be stored then.
 
@@ -167,7 +184,7 @@ class MemoryBlockStore(BlockStore):
     def __init__(self, namespace: Namespace) -> None:
         super().__init__(namespace)
         self._lock = threading.Lock()
-        self._blocks: dict[BlockHash, tuple[BlockHash, bytes]] = {}
+        self._blocks: dict[BlockHash, tuple[StoredRun, bytes]] = {}
 
     def match(self, hashes: Sequence[BlockHash]) -> int:
         """See `BlockStore.match`."""
@@ -196,7 +213,9 @@ class MemoryBlockStore(BlockStore):
         with self._lock:
             before = len(self._blocks)
             for parent, block_hash, payload in zip(parents, run.hashes, run.payloads, strict=False):
-                self._blocks.setdefault(block_hash, (parent, bytes(payload)))
+                size, tenant = payload.nbytes, run.tenant
+                stored = StoredRun(block_hash.hex(), parent, (block_hash,), size, tenant=tenant)
+                self._blocks.setdefault(block_hash, (stored, bytes(payload)))
             return len(self._blocks) - before
 
     def refresh(self) -> int:
@@ -207,9 +226,9 @@ class MemoryBlockStore(BlockStore):
     def entries(self) -> Iterator[StoredRun]:
         """See `BlockStore.entries`; every block is a run of its own."""
         with self._lock:
-            blocks = list(self._blocks.items())
-        for block_hash, (parent, payload) in blocks:
-            yield StoredRun(block_hash.hex(), parent, (block_hash,), len(payload))
+            blocks = list(self._blocks.values())
+        for stored, _ in blocks:
+            yield stored
 
     def delete(self, name: str) -> None:
         """See `BlockStore.delete`."""

@@ -11,9 +11,9 @@ oldest, so none is kept for ever. Else our clock has been set back: nothing is t
 """
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from shared_cache.hashing import BlockHash
@@ -27,16 +27,26 @@ CLOCK_SKEW_S = 86400.0
 
 _OLDEST = float("-inf")
 
+Reason = Literal["age", "budget", "quota"]
+
 
 @dataclass(frozen=True, slots=True)
 class CollectionRules:
     """How much may stay, and for how long after its last use; None: no limit.
 
-    The limits hold for a whole store, all its namespaces together.
+    The limits hold for a whole store, all its namespaces together; `quotas` for what some tenants
+    (`ReuseScope.tenant`) have in it.
     """
 
     max_bytes: int | None = None
     max_age_s: float | None = None
+    quotas: Mapping[bytes, int] = field(default_factory=dict)
+
+    @property
+    def least_bytes(self) -> int | None:
+        """A store of no more than this breaks no limit of bytes; None: there is none."""
+        limits = [*self.quotas.values(), *(() if self.max_bytes is None else (self.max_bytes,))]
+        return min(limits, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,7 @@ class Victim:
 
     namespace: str
     run: StoredRun
-    reason: Literal["age", "budget"]
+    reason: Reason
 
 
 def choose_victims(
@@ -66,11 +76,29 @@ def choose_victims(
         oldest_s = now_s - rules.max_age_s
         aged = forest.fell(lambda index: forest.is_unused_since(index, oldest_s))
         victims.extend(forest.victim(index, "age") for index in aged)
+    victims.extend(forest.victim(index, "quota") for index in _beyond_quotas(forest, rules.quotas))
     if rules.max_bytes is not None and forest.num_bytes > rules.max_bytes:
         goal_bytes = int(rules.max_bytes * LOW_WATER)
         surplus = forest.fell(lambda index: forest.num_bytes > goal_bytes)
         victims.extend(forest.victim(index, "budget") for index in surplus)
     return victims
+
+
+def _beyond_quotas(forest: "_Forest", quotas: Mapping[bytes, int]) -> Iterator[int]:
+    """What tenants have too much, each brought down to `LOW_WATER` of its quota."""
+    goals = {
+        tenant: int(quota * LOW_WATER)
+        for tenant, quota in quotas.items()
+        if forest.tenant_bytes[tenant] > quota
+    }
+    if not goals:
+        return
+
+    def is_beyond(index: int) -> bool:
+        tenant = forest.tenant(index)
+        return tenant in goals and forest.tenant_bytes[tenant] > goals[tenant]
+
+    yield from forest.fell(is_beyond)
 
 
 class _Forest:
@@ -95,10 +123,17 @@ class _Forest:
         self._stays = [any(map(keep, run.hashes)) for _, run in found]
         self._is_gone = [False] * len(found)
         self.num_bytes = sum(run.num_bytes for _, run in found)
+        self.tenant_bytes: Counter[bytes] = Counter()
+        for _, run in found:
+            self.tenant_bytes[run.tenant] += run.num_bytes
 
-    def victim(self, index: int, reason: Literal["age", "budget"]) -> Victim:
+    def victim(self, index: int, reason: Reason) -> Victim:
         """Run `index` as the caller is told of it."""
         return Victim(*self._runs[index], reason)
+
+    def tenant(self, index: int) -> bytes:
+        """Who pays for run `index`."""
+        return self._runs[index][1].tenant
 
     def is_unused_since(self, index: int, oldest_s: float) -> bool:
         """Whether run `index` tells a time, and one before `oldest_s`."""
@@ -116,7 +151,9 @@ class _Forest:
             if not should_go(index):
                 continue
             self._is_gone[index] = True
-            self.num_bytes -= self._runs[index][1].num_bytes
+            run = self._runs[index][1]
+            self.num_bytes -= run.num_bytes
+            self.tenant_bytes[run.tenant] -= run.num_bytes
             for needed in self._needs[index]:
                 self._num_needed_by[needed] -= 1
                 if self._may_go(needed):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from shared_cache.config import TierConfig
 from shared_cache.faults import Clock, FaultLog
-from shared_cache.hashing import BlockHash
+from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.host.interface import HostTier
 from shared_cache.stores.size_estimate import SizeEstimate
 from shared_cache.stores.store import BlockStore
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 DUE_SHARE = 0.01
 """Part of the budget: who wrote as much has the store listed again."""
+
+QUOTA_DUE_SHARE = 0.1
+"""Part of the least quota: who wrote as much has the tenants' shares looked at again."""
 
 MIN_PAUSE_S = 1.0
 """Between two rounds, however urgent they are."""
@@ -75,20 +78,21 @@ def plan_collection(
     if kept:
         gone = {(victim.namespace, victim.run.name) for victim in victims}
         left = {key: [r for r in some if (key, r.name) not in gone] for key, some in runs.items()}
-        budget = CollectionRules(max_bytes=rules.max_bytes)
+        budget = CollectionRules(max_bytes=rules.max_bytes, quotas=rules.quotas)
         victims += tuple(choose_victims(left, budget, now_s))
     all_bytes = sum(run.num_bytes for some in runs.values() for run in some)
     return Collected(victims, all_bytes - sum(victim.run.num_bytes for victim in victims))
 
 
 class Housekeeper:
-    """Keeps a store within `max_bytes` and `max_age_s`, from a thread of its own.
+    """Keeps a store within `rules`, from a thread of its own.
 
     What it knows of the store's size is the last listing, what this process has written since
     (`written`), and how fast the store grew between the last two listings. It lists again when that
     exceeds the budget, at once if it was this process that wrote; when the disk was found full
     (`found_full`); every `RELIST_ROUNDS` rounds; and, until it has listed twice, in every round.
-    Heads are read only when something is to be deleted.
+    Heads are read only when something is to be deleted, or may be: where tenants have quotas, of a
+    store that holds more than the least of them.
 
     `whole` is the store with all its namespaces, which share the limits; None: there is only the
     namespace of `store`.
@@ -97,20 +101,20 @@ class Housekeeper:
     def __init__(
         self,
         store: BlockStore,
-        max_bytes: int | None,
-        max_age_s: float | None,
+        rules: CollectionRules,
         interval_s: float = 60.0,
         clock: Clock = time.time,
         whole: WholeStore | None = None,
     ) -> None:
         self._store = store
-        self._rules = CollectionRules(max_bytes, max_age_s)
+        self._rules = rules
         self._interval_s = interval_s
         self._clock = clock
         self._whole = whole
         self._host: HostTier | None = None
         self._estimate = SizeEstimate()
         self._turn = Turn(lock_path(getattr(store, "url", None)))
+        self._due_bytes = _due_bytes(rules)
         self._untold_bytes = 0
         self._wake = threading.Event()
         self._faults = FaultLog(logger)
@@ -124,14 +128,16 @@ class Housekeeper:
     def written(self, num_bytes: int) -> None:
         """This process has stored so many bytes."""
         self._estimate.written(num_bytes)
-        if self._rules.max_bytes is None:
+        if self._due_bytes is None:
             return
-        least_bytes = DUE_SHARE * self._rules.max_bytes
         self._untold_bytes += num_bytes  # a lost update only delays what follows
-        if self._untold_bytes > least_bytes:
+        if self._untold_bytes > self._due_bytes:
             self._untold_bytes = 0
             self._turn.call()
-        if self._estimate.is_over(self._rules.max_bytes, least_bytes):
+            if self._rules.quotas:
+                self._estimate.distrust()  # whose bytes these are, only listing tells
+        max_bytes = self._rules.max_bytes
+        if max_bytes is not None and self._estimate.is_over(max_bytes, DUE_SHARE * max_bytes):
             self._wake.set()
 
     def found_full(self) -> None:
@@ -169,9 +175,9 @@ class Housekeeper:
         return collected
 
     def _has_work(self, found: Sequence[FoundNamespace], now_s: float) -> bool:
-        """Whether a listing without heads shows that a rule is broken."""
-        max_bytes, max_age_s = self._rules.max_bytes, self._rules.max_age_s
-        if max_bytes is not None and sum(one.num_bytes for one in found) > max_bytes:
+        """Whether a listing without heads shows that a rule is broken, or may be."""
+        least_bytes, max_age_s = self._rules.least_bytes, self._rules.max_age_s
+        if least_bytes is not None and sum(one.num_bytes for one in found) > least_bytes:
             return True
         times_s = (one.used_first_s for one in found if one.used_first_s is not None)
         return max_age_s is not None and any(used_s < now_s - max_age_s for used_s in times_s)
@@ -221,7 +227,16 @@ def keep_house(store: BlockStore, tier: TierConfig) -> Housekeeper | None:
 
     It looks after all namespaces of the tier. A store that is only read is somebody else's care.
     """
-    if store.read_only or (tier.max_bytes is None and tier.max_age_s is None):
+    quotas = {ReuseScope(salt).tenant: int(limit) for salt, limit in tier.quotas.items()}
+    rules = CollectionRules(tier.max_bytes, tier.max_age_s, quotas)
+    if store.read_only or rules == CollectionRules():
         return None
-    whole = WholeStore(tier.url, tier.options)
-    return Housekeeper(store, tier.max_bytes, tier.max_age_s, whole=whole)
+    return Housekeeper(store, rules, whole=WholeStore(tier.url, tier.options))
+
+
+def _due_bytes(rules: CollectionRules) -> float | None:
+    """Who wrote as much tells the others that a limit may be broken; None: no limit of bytes."""
+    shares = [QUOTA_DUE_SHARE * quota for quota in rules.quotas.values()]
+    if rules.max_bytes is not None:
+        shares.append(DUE_SHARE * rules.max_bytes)
+    return min(shares, default=None)

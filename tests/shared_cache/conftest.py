@@ -14,6 +14,6 @@ def one_helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Jobs of a batch run in two threads, however many cores this machine has."""
     threads = IoThreads(1, "test-helper")
     monkeypatch.setattr(parallel, "_num_helpers", lambda: 1)
-    monkeypatch.setattr(parallel, "_helpers", lambda process_id: threads)
+    monkeypatch.setattr(parallel, "_helpers", lambda process_id, num_threads, name: threads)
     yield
     assert threads.close(WAIT_S)

@@ -30,11 +30,15 @@ class ScriptedCache:
         self.is_flush_hopeless = False
         self.turn_budget = TurnBudget(0.1)
         self.num_blocks = 1 << 20
+        self.num_reserved_ahead: int | None = None
         self.leases: dict[int, int] = {}
         self.asked: list[str] = []
         self.num_deadline_misses = 0
         self.num_lost = 0
         self._num_leases = 0
+
+    def reserve_more_ahead(self) -> None:
+        self.asked.append("reserve_more_ahead")
 
     def lease(
         self, hashes: Sequence[BlockHash], first: int = 0, scope: ReuseScope = DEFAULT_SCOPE

@@ -1,13 +1,14 @@
 """What clean-up deletes: never what a kept run needs, and always enough."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, BlockHashChain
+from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, BlockHashChain, ReuseScope
 from shared_cache.stores.store import StoredRun
 from shared_cache.upkeep.collecting import (
     CLOCK_SKEW_S,
@@ -22,11 +23,20 @@ NOW_S = 1_000_000.0
 DAY_S = 86400.0
 
 
+PAYERS = [ReuseScope(salt) for salt in (None, "red", "blue")]
+
+
 def make_run(
-    chain: BlockHashChain, first: int, end: int, used_s: float = NOW_S, num_bytes: int = 100
+    chain: BlockHashChain,
+    first: int,
+    end: int,
+    used_s: float = NOW_S,
+    num_bytes: int = 100,
+    tenant: bytes = b"",
 ) -> StoredRun:
     hashes = tuple(chain.hashes[first:end])
-    return StoredRun(f"{hashes[0].hex()}.arrow", chain.parent_of(first), hashes, num_bytes, used_s)
+    name = f"{hashes[0].hex()}.arrow"
+    return StoredRun(name, chain.parent_of(first), hashes, num_bytes, used_s, tenant)
 
 
 def chain(seed: int = 0, num_blocks: int = 8) -> BlockHashChain:
@@ -47,13 +57,14 @@ def stores(draw: st.DrawFn) -> dict[str, list[StoredRun]]:
             shared, own = draw(st.integers(0, 5)), draw(st.integers(1, 5))
             salt = draw(st.integers(0, 2))
             tokens = [1] * shared + [100 + salt] * own
-            one = BlockHashChain(1, tokens=tokens)
+            scope = draw(st.sampled_from(PAYERS))
+            one = BlockHashChain(1, scope, tokens)
             first = draw(st.integers(0, len(tokens) - 1))
             end = draw(st.integers(first + 1, len(tokens)))
             used_s = draw(
                 st.sampled_from([0.0, NOW_S - 9 * DAY_S, NOW_S - DAY_S, NOW_S, NOW_S + 99 * DAY_S])
             )
-            run = make_run(one, first, end, used_s, draw(st.integers(1, 500)))
+            run = make_run(one, first, end, used_s, draw(st.integers(1, 500)), scope.tenant)
             by_name[run.name] = run
         found[namespace] = list(by_name.values())
     return found
@@ -63,6 +74,9 @@ rules = st.builds(
     CollectionRules,
     max_bytes=st.none() | st.integers(1, 3000),
     max_age_s=st.none() | st.sampled_from([DAY_S / 2, 5 * DAY_S]),
+    quotas=st.dictionaries(
+        st.sampled_from([one.tenant for one in PAYERS[1:]]), st.integers(1, 1500)
+    ),
 )
 
 
@@ -108,10 +122,34 @@ def test_the_budget_is_kept_and_no_more_is_deleted_than_that_takes(
         return
     assert left_bytes <= rules.max_bytes
     if surplus:
-        aged = [victim for victim in victims if victim.reason == "age"]
-        assert bytes_of(left_of(store, aged)) > rules.max_bytes
+        others = [victim for victim in victims if victim.reason != "budget"]
+        assert bytes_of(left_of(store, others)) > rules.max_bytes
         goal_bytes = int(rules.max_bytes * LOW_WATER)
         assert left_bytes <= goal_bytes < left_bytes + surplus[-1].run.num_bytes
+
+
+@given(store=stores(), rules=rules)
+def test_quotas_are_kept_and_cost_only_those_who_have_more(
+    store: dict[str, list[StoredRun]], rules: CollectionRules
+) -> None:
+    def bytes_by_tenant(victims: Sequence[Victim]) -> Counter[bytes]:
+        counts: Counter[bytes] = Counter()
+        for runs in left_of(store, victims).values():
+            for run in runs:
+                counts[run.tenant] += run.num_bytes
+        return counts
+
+    victims = choose_victims(store, rules, NOW_S)
+    before = bytes_by_tenant([one for one in victims if one.reason == "age"])
+    left = bytes_by_tenant([one for one in victims if one.reason != "budget"])
+    beyond = [one for one in victims if one.reason == "quota"]
+    for tenant in before.keys() | rules.quotas.keys():
+        quota = rules.quotas.get(tenant)
+        own = [one.run for one in beyond if one.run.tenant == tenant]
+        assert bool(own) == (quota is not None and before[tenant] > quota)
+        if own:
+            goal_bytes = int(quota * LOW_WATER)
+            assert left[tenant] <= goal_bytes < left[tenant] + own[-1].num_bytes
 
 
 @given(store=stores(), max_age_s=st.sampled_from([DAY_S / 2, 5 * DAY_S]))

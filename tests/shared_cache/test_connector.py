@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from shared_cache.connector.identity import reuse_scope
 from shared_cache.connector.interface import RequestData, SchedulerOutput
-from shared_cache.connector.scheduler import SharedCacheScheduler, reuse_scope
+from shared_cache.connector.scheduler import SharedCacheScheduler
 from shared_cache.connector.transfers import TransferPlan
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.errors import ConfigError
@@ -219,6 +220,9 @@ def test_copies_off_the_device_that_fail_give_their_slots_back_and_are_counted()
 
         def load(self, copies: object, stream: object) -> None:
             assert not copies
+
+        def before_writes(self, blocks: object, stream: object) -> None:
+            assert blocks is None
 
         def save(
             self, copies: object, stream: object, on_done: object, on_failed: Callable[..., None]

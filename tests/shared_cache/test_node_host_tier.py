@@ -187,7 +187,7 @@ def test_events_tell_what_came_went_and_was_stored(tier: NodeHostTier) -> None:
 def test_what_any_process_uses_is_in_use(
     tier: NodeHostTier, peer: NodeHostTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared_cache.host.node.HASHES_ASKED_AT_ONCE", 2)
+    monkeypatch.setattr("shared_cache.host.questions.HASHES_ASKED_AT_ONCE", 2)
     assert peer.in_use(HASHES) == frozenset()
     bring(tier, HASHES[:3])
     assert peer.in_use(HASHES) == frozenset(HASHES[:3])
@@ -368,6 +368,16 @@ def test_memory_is_shown_once_and_before_its_slots_are_given_out(tier: NodeHostT
     assert seen == [2 << 20] * 2
     bring(tier, hashes_of("more", 200))
     assert seen == [2 << 20] * 2
+
+
+def test_all_memory_is_shown_at_once_where_it_is_populated(config: HostConfig) -> None:
+    with open_tier(config.model_copy(update={"populate": True})) as whole:
+        seen: list[int] = []
+        whole.show_memory(lambda memory: seen.append(memory.nbytes))
+        assert sum(seen) >= whole.num_slots * whole.block_bytes
+        num_shown = len(seen)
+        whole.release(bring(whole, hashes_of("many", 200)))
+        assert len(seen) == num_shown
 
 
 def test_a_hook_that_fails_is_counted_and_does_no_harm(tier: NodeHostTier) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shared_cache import parallel
-from shared_cache.parallel import run_all
+from shared_cache.parallel import ask_all, run_all
 from shared_cache.threads import IoThreads
 from tests.shared_cache.fakes import WAIT_S
 
@@ -16,7 +16,7 @@ def num_helpers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """With and without helper threads, as on a machine with one core."""
     threads = IoThreads(request.param, "test-helpers") if request.param else None
     monkeypatch.setattr(parallel, "_num_helpers", lambda: request.param)
-    monkeypatch.setattr(parallel, "_helpers", lambda process_id: threads)
+    monkeypatch.setattr(parallel, "_helpers", lambda process_id, num_threads, name: threads)
     yield request.param
     if threads is not None:
         assert threads.close(WAIT_S)
@@ -85,3 +85,32 @@ def test_nobody_waits_for_helpers_that_hang(num_helpers: int) -> None:
     finally:
         gate.set()
         with_hanging.join(WAIT_S)
+
+
+def test_questions_wait_side_by_side_on_any_number_of_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel, "_num_helpers", lambda: 0)
+    all_wait = threading.Barrier(parallel.ASKING_HELPERS + 1)
+
+    def ask() -> str:
+        all_wait.wait(WAIT_S)
+        return threading.current_thread().name
+
+    assert len(set(ask_all([ask] * all_wait.parties))) == all_wait.parties
+
+
+def test_nothing_piles_up_behind_helpers_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, gate = IoThreads(parallel.ASKING_HELPERS, "test-ask"), threading.Event()
+    monkeypatch.setattr(parallel, "_helpers", lambda process_id, num_threads, name: threads)
+    all_hang = threading.Barrier(parallel.ASKING_HELPERS + 1)
+    try:
+        for _ in range(parallel.ASKING_HELPERS):
+            threads.submit(lambda: (all_hang.wait(WAIT_S), gate.wait(WAIT_S)))
+        all_hang.wait(WAIT_S)
+        for _ in range(50):
+            assert ask_all([lambda: 1] * 8) == [1] * 8
+        assert threads.num_queued <= parallel.ASKING_HELPERS
+    finally:
+        gate.set()
+        assert threads.close(WAIT_S)

@@ -38,7 +38,7 @@ def config() -> Iterator[HostConfig]:
 
 
 def check(reader: HostTier, place: Place, hashes: Sequence[BlockHash]) -> None:
-    buffers = reader.buffers_at(place)
+    buffers = reader.blocks_at(place).views()
     assert len(buffers) == len(hashes)
     for buffer, block_hash in zip(buffers, hashes, strict=True):
         assert bytes(buffer) == payload_of(block_hash, reader.block_bytes)
@@ -59,7 +59,7 @@ def test_another_process_reads_what_one_has_leased(config: HostConfig, block_byt
         check(rank, place, hashes)
         assert max(place.slots) < rank.num_slots
         assert len(leader.place(()).slots) == 0
-        assert rank.buffers_at(leader.place(())) == []
+        assert rank.blocks_at(leader.place(())).views() == []
         leader.release(lease)
         other.release(others)
 
@@ -101,7 +101,7 @@ def test_a_number_means_the_same_block_to_who_has_seen_another_arena(config: Hos
         with open_tier(config) as rank:
             check(rank, new_place, hashes_of("new", 4))
             with pytest.raises(HostMemoryGoneError, match="leave the files of a running arena"):
-                rank.buffers_at(old_place)
+                rank.blocks_at(old_place).views()
         check(leader, old_place, hashes_of("old", 4))
         check(leader, new_place, hashes_of("new", 4))
 
@@ -156,4 +156,4 @@ def test_a_tier_of_one_process_knows_its_own_memory_alone() -> None:
     check(tier, place, hashes)
     assert len(tier.place(()).slots) == 0
     with pytest.raises(HostMemoryGoneError, match="write scope: node"):
-        tier.buffers_at(Place(b"an arena", array("I", [0])))
+        tier.blocks_at(Place(b"an arena", array("I", [0]))).views()

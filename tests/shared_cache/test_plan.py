@@ -27,7 +27,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.ledger = RequestLedger(SIZE, self.clock)
+        self.ledger = RequestLedger(self.clock)
         self.released: list[HostLease] = []
         self._next_lease = 1
 

@@ -20,7 +20,7 @@ from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 
 NUM_BLOCKS = 23
-PLACES = ("memory", "memory, large blocks", "disk")
+PLACES = ("memory", "memory, large blocks", "memory, blocks of one piece", "disk")
 
 
 @pytest.fixture(params=["none", "shuffle-zstd"])
@@ -41,6 +41,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     if place == "memory, large blocks":
         monkeypatch.setattr(run_objects, "STEP_IN_MEMORY_BYTES", BLOCK_BYTES // 2)
         monkeypatch.setattr(run_objects, "PIECE_IN_MEMORY_BYTES", 24)
+    if place == "memory, blocks of one piece":
+        monkeypatch.setattr(run_objects, "STEP_IN_MEMORY_BYTES", BLOCK_BYTES // 2)
+        monkeypatch.setattr(run_objects, "PIECE_IN_MEMORY_BYTES", BLOCK_BYTES)
 
 
 def object_path(folder: Path) -> Path:
@@ -60,7 +63,7 @@ def test_the_match_ends_before_a_bad_block(
     pretend(monkeypatch, place)
     chain = chain_of(NUM_BLOCKS)
     store.write(run_of(chain))
-    known = store._known.find(chain.hashes[bad])
+    known = store._runs.known.find(chain.hashes[bad])
     assert known is not None
     path = object_path(tmp_path)
     data = bytearray(path.read_bytes())
@@ -125,7 +128,7 @@ def test_after_a_bad_step_no_more_are_fetched(
     store: FsBlockStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, "disk")
-    monkeypatch.setattr("shared_cache.parallel._helpers", lambda process_id: None)
+    monkeypatch.setattr("shared_cache.parallel._num_helpers", lambda: 0)
     chain = chain_of(NUM_BLOCKS)
     store.write(run_of(chain))
     os.truncate(object_path(tmp_path), 4096 + 1)
@@ -161,7 +164,7 @@ def test_checksums_that_came_with_a_run_are_stored_and_not_computed_again(tmp_pa
     forged = (1, 2, 3)
     store.write(BlockRun(run.parent, run.hashes, run.payloads, forged))
     (entry,) = store.entries()
-    assert store._known._heads[entry.name].checksums == forged
+    assert store._runs.known._heads[entry.name].checksums == forged
     assert read_all(store, run.hashes) == []
 
 

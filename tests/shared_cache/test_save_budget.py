@@ -21,7 +21,7 @@ NO_LEASE = HostLease(0, ())
 
 @pytest.fixture
 def ledger() -> RequestLedger:
-    ledger = RequestLedger(BLOCK, FakeClock())
+    ledger = RequestLedger(FakeClock())
     for id_, num_tokens in ((1, 5 * BLOCK), (2, 3 * BLOCK)):
         prompt = Prompt(range(num_tokens), chain(num_tokens), b"payer")
         ledger.matched(id_, prompt, 0, StagedPrefix(NO_LEASE))

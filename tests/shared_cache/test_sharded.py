@@ -118,7 +118,7 @@ def test_a_prefix_behind_the_devices_blocks_begins_there_in_every_shard() -> Non
             for shard, place in zip(cache.shards, places, strict=True):
                 lease = shard.host.lease_held(HASHES[2:6])
                 right = [bytes(shard.host.buffer(slot)) for slot in lease.slots]
-                assert [bytes(one) for one in shard.host.buffers_at(place)] == right
+                assert [bytes(one) for one in shard.host.blocks_at(place).views()] == right
                 shard.host.release(lease)
             cache.release(staged)
         check_quiet(cache)

@@ -9,6 +9,7 @@ import pytest
 
 from shared_cache.errors import StoreUnavailableError
 from shared_cache.fetch_state import Ticket
+from shared_cache.hashing import DEFAULT_SCOPE
 from shared_cache.pieces import BLOCKS_PER_PIECE
 from shared_cache.staging import SharedCache, StagedPrefix
 from shared_cache.stores.fs_store import open_store
@@ -202,6 +203,47 @@ def test_a_store_that_fails_midway_gives_what_came_before(store: ScriptedStore) 
     assert staged.fetched == frozenset(range(BLOCKS_PER_PIECE))
     check(cache, staged, BLOCKS_PER_PIECE)
     cache.close()
+
+
+def test_what_is_coming_is_leased_as_it_comes_and_counted_once(store: ScriptedStore) -> None:
+    cache, gate = make_cache(store), Gate()
+    store.on_read = lambda hashes: gate() if HASHES[-1] in hashes else None
+    with ThreadPoolExecutor(2) as threads:
+        whole = threads.submit(cache.stage, HASHES)
+        gate.wait_entered()
+        part = cache.lease_coming(HASHES[:BLOCKS_PER_PIECE], 0, DEFAULT_SCOPE, WAIT_S)
+        assert part.num_blocks == BLOCKS_PER_PIECE
+        later = threads.submit(cache.lease_coming, HASHES[:-1], 3, DEFAULT_SCOPE, WAIT_S)
+        gate.open()
+        assert later.result(WAIT_S).end == len(HASHES) - 1
+        check(cache, whole.result(WAIT_S), len(HASHES), len(HASHES) - 1)
+    cache.release(part)
+    cache.release(later.result())
+    stats = cache.stats()
+    assert (stats.staged_blocks, stats.host.leased_slots, store.num_matches) == (20, 0, 1)
+
+
+def test_who_waits_for_what_is_coming_does_not_wait_for_ever(store: ScriptedStore) -> None:
+    cache, gate = make_cache(store), Gate()
+    store.on_read = gate
+    with ThreadPoolExecutor(1) as threads:
+        whole = threads.submit(cache.stage, HASHES)
+        gate.wait_entered()
+        assert cache.lease_coming(HASHES, 0, DEFAULT_SCOPE, 0.01).num_blocks == 0
+        gate.open()
+        cache.release(whole.result(WAIT_S))
+    assert cache.stats().deadline_misses == 0
+
+
+def test_what_nobody_fetches_is_not_asked_for(store: ScriptedStore) -> None:
+    cache = make_cache(store)
+    assert cache.lease_coming(HASHES, 0, DEFAULT_SCOPE, WAIT_S).num_blocks == 0
+    staged = cache.stage(HASHES[:8])
+    held = cache.lease_coming(HASHES, 2, DEFAULT_SCOPE, WAIT_S)
+    assert (held.first, held.end) == (2, 8)
+    cache.release(held)
+    cache.release(staged)
+    assert store.num_matches == 1
 
 
 def test_a_dead_store_is_asked_again_only_after_a_growing_pause(store: ScriptedStore) -> None:

@@ -104,7 +104,7 @@ class StoreMachine(RuleBasedStateMachine):
         run = BlockRun(whole.parent, whole.hashes[:stop], whole.payloads[:stop]).tail(
             min(start, stop)
         )
-        num_found = self.store._match(run.hashes, set())  # writing believes nothing remembered
+        num_found = self.store._runs.match(run.hashes, set())  # writing believes nothing remembered
         self.note_removals()
         written = self.store.write(run)
         assert written == len(run.hashes) - num_found
@@ -113,7 +113,7 @@ class StoreMachine(RuleBasedStateMachine):
         name = self.name_of(run.hashes[num_found])
         self.objects[name] = run.hashes[num_found:]
         self.damaged.discard(name)
-        assert self.store._match(run.hashes, set()) == len(run.hashes)
+        assert self.store._runs.match(run.hashes, set()) == len(run.hashes)
         return name
 
     @rule(chain=chains, length=lengths)

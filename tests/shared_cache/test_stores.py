@@ -215,7 +215,7 @@ def test_a_long_run_becomes_objects_of_a_limited_size(
 ) -> None:
     monkeypatch.setattr(fs_store, "MAX_OBJECT_BYTES", 4 * BLOCK_BYTES + 1)
     store, chain = open_store(url, NAMESPACE), chain_of(15)
-    store.write(run_of(chain_of(5)).tail(4))  # a block in the middle is there already
+    store.write(run_of(chain_of(6)).tail(5))  # a block in the middle is there already
     assert store.write(run_of(chain)) == 15
     assert store.write(run_of(chain)) == 0
     fresh = open_store(url, NAMESPACE)

@@ -12,7 +12,7 @@ import pytest
 
 from shared_cache.config import TierConfig
 from shared_cache.errors import StoreError
-from shared_cache.hashing import BlockHashChain
+from shared_cache.hashing import DEFAULT_SCOPE, SCOPE_SEPARATOR, BlockHashChain, ReuseScope
 from shared_cache.host.interface import HostLease, NewRun
 from shared_cache.host.local import LocalHostTier
 from shared_cache.host.turns import RECENT_S
@@ -44,9 +44,11 @@ def url(tmp_path: Path) -> str:
     return f"file://{tmp_path}/store"
 
 
-def write_at(store: FsBlockStore, chain: BlockHashChain, used_s: float) -> None:
+def write_at(
+    store: FsBlockStore, chain: BlockHashChain, used_s: float, tenant: bytes = b""
+) -> None:
     """Store a chain as if it had been used last at `used_s`."""
-    store.write(run_of(chain))
+    store.write(replace(run_of(chain), tenant=tenant))
     for run in store.entries():
         if set(run.hashes) <= set(chain.hashes):
             os.utime(object_path(store, run.name), (used_s, used_s))
@@ -131,6 +133,38 @@ class TestHousekeeper:
         assert store.match(stale.hashes) == 0
         assert store.match(fresh.hashes) == 4
 
+    def test_a_tenant_beyond_its_quota_loses_its_oldest_blocks_and_nobody_else_any(
+        self, url: str
+    ) -> None:
+        store, now_s = open_store(url, NAMESPACE), time.time()
+        red, blue = ReuseScope("red"), ReuseScope("blue")
+        narrow = ReuseScope(f"red{SCOPE_SEPARATOR}client")
+        sizes = {}
+        for age, (scope, first) in enumerate(
+            [(red, 0), (narrow, 0), (blue, 0), (red, 1000), (blue, 1000), (DEFAULT_SCOPE, 0)]
+        ):
+            chain = chain_of(4, first, scope)
+            write_at(store, chain, now_s - 100 * age, scope.tenant)
+            sizes[scope, first] = stored_bytes(url)
+        one_bytes = sizes[red, 0]
+        tier = TierConfig(url=url, quotas={"red": int(2.5 * one_bytes), "nobody": 1})
+        keeper = keep_house(store, tier)
+        assert keeper is not None
+        collected = keeper.tick()
+        assert {one.reason for one in collected.victims} == {"quota"}
+        found = {
+            key: open_store(url, NAMESPACE).match(chain_of(4, key[1], key[0]).hashes)
+            for key in sizes
+        }
+        assert found == {**dict.fromkeys(sizes, 4), (red, 1000): 0}
+        keeper.tick()  # until it has listed twice it lists in every round
+        write_at(store, chain_of(4, 5000, narrow), now_s, red.tenant)
+        assert keeper.tick() is None
+        keeper.written(one_bytes)
+        assert len(keeper.tick().victims) == 1
+        assert keeper.tick() is None
+        keeper.close()
+
     def test_it_deletes_what_older_versions_left(self, url: str, tmp_path: Path) -> None:
         store, now_s = open_store(url, NAMESPACE), time.time()
         write_at(store, chain_of(4), now_s - 100)
@@ -152,7 +186,7 @@ class TestHousekeeper:
     def test_a_store_in_which_little_changed_is_not_listed(self) -> None:
         store = CountingStore()
         store.write(run_of(chain_of(4)))
-        keeper = Housekeeper(store, 8 * BLOCK_BYTES, None)
+        keeper = Housekeeper(store, CollectionRules(8 * BLOCK_BYTES))
         tick(keeper, 2)
         assert store.num_listings == 2  # it is not known yet how fast it grows
         tick(keeper, RELIST_ROUNDS - 1)
@@ -171,7 +205,7 @@ class TestHousekeeper:
 
     def test_what_others_write_is_expected_from_what_they_wrote(self) -> None:
         store = CountingStore()
-        keeper = Housekeeper(store, 100 * BLOCK_BYTES, None)
+        keeper = Housekeeper(store, CollectionRules(100 * BLOCK_BYTES))
         tick(keeper, 2)
         store.write(run_of(chain_of(60)))
         tick(keeper, RELIST_ROUNDS)  # the last of them finds 60 blocks in 10 rounds
@@ -183,7 +217,7 @@ class TestHousekeeper:
 
     def test_a_disk_that_is_full_is_looked_at_in_the_next_round(self) -> None:
         store = CountingStore()
-        keeper = Housekeeper(store, 100 * BLOCK_BYTES, None)
+        keeper = Housekeeper(store, CollectionRules(100 * BLOCK_BYTES))
         tick(keeper, 3)
         assert store.num_listings == 2
         keeper.found_full()
@@ -192,7 +226,7 @@ class TestHousekeeper:
 
     def test_over_its_budget_it_does_not_wait_for_its_next_round(self) -> None:
         store, is_clean = CountingStore(), threading.Event()
-        keeper = Housekeeper(store, 8 * BLOCK_BYTES, None, interval_s=3600.0)
+        keeper = Housekeeper(store, CollectionRules(8 * BLOCK_BYTES), interval_s=3600.0)
 
         def delete(name: str) -> None:
             MemoryBlockStore.delete(store, name)
@@ -211,7 +245,7 @@ class TestHousekeeper:
     def test_who_may_not_clean_up_tells_who_does(self, url: str, is_full: bool) -> None:
         stores = [open_store(url, NAMESPACE) for _ in range(2)]
         cleaning, writing = (
-            Housekeeper(store, 100_000, None, whole=WholeStore(url)) for store in stores
+            Housekeeper(store, CollectionRules(100_000), whole=WholeStore(url)) for store in stores
         )
         tick(cleaning, 2)
         assert writing.tick() is None
@@ -282,7 +316,7 @@ class TestHousekeeper:
 
         store.delete = delete
         store.write(run_of(chain_of(4)))
-        keeper = Housekeeper(store, 1, None, interval_s=0.01)
+        keeper = Housekeeper(store, CollectionRules(1), interval_s=0.01)
         keeper.start()
         assert is_clean.wait(WAIT_S)
         keeper.close()
@@ -299,7 +333,7 @@ class TestHousekeeper:
             raise StoreError("the disk is away")
 
         store.entries = entries
-        keeper = Housekeeper(store, 1, None, interval_s=0.01)
+        keeper = Housekeeper(store, CollectionRules(1), interval_s=0.01)
         keeper.start()
         for _ in range(3):
             assert tried_again.acquire(timeout=WAIT_S)
@@ -312,7 +346,9 @@ class TestHousekeeper:
             write_at(store, chain, now_s - age)
         for clock_s in (now_s, now_s - 30 * 86400.0, 5.0):
             whole = WholeStore(url)
-            keeper = Housekeeper(store, None, 3600.0, clock=lambda s=clock_s: s, whole=whole)
+            keeper = Housekeeper(
+                store, CollectionRules(None, 3600.0), clock=lambda s=clock_s: s, whole=whole
+            )
             keeper.tick()
             keeper.close()
             assert [store.match(chain.hashes) for chain in chains(4)] == [4] * 4
@@ -339,7 +375,9 @@ class TestTurn:
     def test_a_housekeeper_leaves_the_work_to_the_one_that_does_it(self, url: str) -> None:
         store = open_store(url, NAMESPACE)
         write_at(store, chain_of(4), time.time())
-        first, second = (Housekeeper(store, 1, None, whole=WholeStore(url)) for _ in range(2))
+        first, second = (
+            Housekeeper(store, CollectionRules(1), whole=WholeStore(url)) for _ in range(2)
+        )
         assert first.tick() is not None
         store.write(run_of(chain_of(4)))
         assert second.tick() is None

@@ -100,6 +100,7 @@ def test_a_worker_that_nobody_holds_frees_the_pool(
 ) -> None:
     """TensorRT-LLM closes no worker; the one that comes next pins the same memory again."""
     for _ in range(2):
+        gc.collect()
         before, others = torch.cuda.memory_allocated(), set(threading.enumerate())
         pool = torch.zeros((2 * BLOCKS_PER_TURN, BLOCK_BYTES), dtype=torch.uint8, device="cuda")
         worker = SharedCacheWorker(cache)

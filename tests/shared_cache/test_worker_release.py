@@ -18,7 +18,7 @@ import torch
 
 from shared_cache.config import CacheConfig
 from shared_cache.connector import process, worker
-from shared_cache.connector.copier import CudaCopier
+from shared_cache.connector.cuda_copier import CudaCopier
 from shared_cache.connector.pinned import PinnedMemory
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.host.local import LocalHostTier
