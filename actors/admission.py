@@ -9,14 +9,16 @@ for those whose turn it is; a question to the owner of the node's memory holds u
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from actors.engine import Engine, GenerationRequest, Receipt, TokenChunk
-from shared_cache.hashing import BlockHash, ReuseScope, block_hashes
+from actors.preloading import Preloading, part_ends
+from actors.request_log import Missed, RequestLog, RequestTrace, now_s
+from actors.wanted import NOTHING, WantedPrefix, wanted_prefix, with_tiers
 from shared_cache.host.interface import HostLease
 from shared_cache.prefix_cache import PrefixCache, StagedPrefix
 
@@ -27,42 +29,17 @@ prefill, and one that is ready to follow."""
 MAX_FETCHING = 16
 """Requests that may wait for the tiers at the same time, a thread for each."""
 
+PART_THREADS = 4
+"""Threads that wait for a prompt's first blocks, to load them ahead; who finds none does not."""
+
 LOOK_UP_THREADS = 4
 """Threads that ask the host tier what it has: their own, as those that fetch may all be taken."""
 
 LOOK_UP_TIMEOUT_S = 1.0
 """A host tier that does not answer within this has nothing for a request."""
 
-NOTHING = StagedPrefix(HostLease(-1, ()))
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """The blocks of one request that may be loaded, and until when it waits for them.
-
-    `own_hashes` are those in the request's own scope, `hashes` those under which they are stored,
-    in `scope`.
-    """
-
-    engine: Engine
-    cache: PrefixCache
-    own_hashes: Sequence[BlockHash]
-    hashes: Sequence[BlockHash]
-    scope: ReuseScope
-    until_s: float
-
-    def lease(self) -> StagedPrefix:
-        """What is here of it now, the device's blocks left out."""
-        first = self.engine.num_device_blocks(self.own_hashes)
-        return self.cache.lease(self.hashes, first, self.scope)
-
-    def grown(self, staged: StagedPrefix) -> StagedPrefix:
-        """`staged`, and what arrives in time of the rest."""
-        return self.cache.grow(staged, self.hashes, max(0.0, self.until_s - time.monotonic()))
-
-    def lacks_something(self, staged: StagedPrefix) -> bool:
-        """Whether more than `staged` could come from a tier."""
-        return self.cache.can_fetch(self.hashes, staged.end)
+AWAY = StagedPrefix(HostLease(-1, ()))
+"""Nothing, as the host tier took too long."""
 
 
 class StagingQueue:
@@ -75,9 +52,12 @@ class StagingQueue:
     """
 
     def __init__(self, name: str, max_batch_size: int) -> None:
+        self.log = RequestLog()
+        self._name = name
         self._fetching = asyncio.Semaphore(MAX_FETCHING)
         self._places = asyncio.Semaphore(STAGED_BATCHES * max_batch_size)
         self._fetchers = ThreadPoolExecutor(MAX_FETCHING, f"{name}-stage")
+        self._parts = ThreadPoolExecutor(PART_THREADS, f"{name}-stage-ahead")
         self._look_ups = ThreadPoolExecutor(LOOK_UP_THREADS, f"{name}-look-up")
 
     async def stream(
@@ -98,6 +78,7 @@ class StagingQueue:
     def close(self) -> None:
         """Stage nothing more."""
         self._fetchers.shutdown(wait=False)
+        self._parts.shutdown(wait=False)
         self._look_ups.shutdown(wait=False)
 
     async def _first_chunk(
@@ -107,41 +88,93 @@ class StagingQueue:
         request: GenerationRequest,
         stream: AsyncGenerator[TokenChunk, None],
     ) -> TokenChunk | None:
-        wanted = _wanted(engine, cache, request)
+        wanted, missed = wanted_prefix(engine, cache, request), None
+        block = engine.namespace.layout.tokens_per_block
+        ahead = Preloading(cache, request, block)
         async with AsyncExitStack() as held:
+            held.push_async_callback(ahead.stop)
             if wanted is not None:
-                staged = await self._staged(wanted, held)
+                staged, missed = await self._staged(wanted, held, ahead)
             else:
                 staged = NOTHING
                 await held.enter_async_context(self._places)
             chunk = await anext(stream, None)  # loads are done by then
         if chunk is None or chunk.receipt is None:
             return chunk
-        block = engine.namespace.layout.tokens_per_block
-        return replace(chunk, receipt=_with_tiers(chunk.receipt, staged, block))
+        receipt = with_tiers(chunk.receipt, staged.fetched, ahead.loaded, block)
+        if wanted is not None:
+            self._note(request.request_id, wanted, staged, missed, receipt)
+        return replace(chunk, receipt=receipt)
 
-    async def _staged(self, wanted: _Wanted, held: AsyncExitStack) -> StagedPrefix:
-        """What could be staged of it, with a place in the engine; `held` gives both back."""
+    def _note(
+        self,
+        request_id: str,
+        wanted: WantedPrefix,
+        staged: StagedPrefix,
+        missed: Missed | None,
+        receipt: Receipt,
+    ) -> None:
+        trace = RequestTrace(
+            request_id=request_id,
+            replica=self._name,
+            namespace=wanted.engine.namespace.fingerprint,
+            at_s=now_s(),
+            tokens_per_block=wanted.engine.namespace.layout.tokens_per_block,
+            hashes=wanted.hashes,
+            receipt=receipt,
+            first=staged.first,
+            staged=staged.end,
+            missed=missed,
+            fate=staged.fate,
+            scope=wanted.scope,
+        )
+        self.log.add(trace)
+
+    async def _staged(
+        self, wanted: WantedPrefix, held: AsyncExitStack, ahead: Preloading
+    ) -> tuple[StagedPrefix, Missed | None]:
+        """What could be staged of it, and why no more; `held` gives it and a place back."""
         staged = await self._leased(wanted, held)
+        missed: Missed | None = "host_tier_away" if staged is AWAY else None
         if wanted.lacks_something(staged):
             late = wanted.until_s
             fetching = await self._at_head(self._fetching, wanted, staged, held, late)
             if fetching is not None:
+                self._load_ahead(wanted, fetching, ahead)
                 try:
                     staged = await self._grown(wanted, fetching, held)
                 finally:
                     self._fetching.release()
+                    ahead.enough()
+                missed = staged.missed
             else:
                 wanted.cache.miss_deadline()
                 staged = await self._leased(wanted, held)
+                missed = "no_turn"
+        elif staged.end < len(wanted.hashes) and missed is None:
+            missed = "not_asked"
         ready = await self._at_head(self._places, wanted, staged, held) or NOTHING
         held.callback(self._places.release)
-        return replace(ready, fetched=staged.fetched)
+        return replace(ready, fetched=staged.fetched, fate=staged.fate), missed
+
+    def _load_ahead(self, wanted: WantedPrefix, here: StagedPrefix, ahead: Preloading) -> None:
+        """Have blocks behind `here` loaded as they come, if the engine can, and has a place."""
+        preload = wanted.engine.preload
+        if preload is None or self._places.locked():
+            return
+
+        async def staging(end: int) -> StagedPrefix | None:
+            growing = self._parts.submit(wanted.grown_to, here.end, end)
+            return await _result(growing, wanted.cache, None)
+
+        block_bytes = wanted.engine.namespace.layout.block_bytes
+        ends = part_ends(here.end, len(wanted.hashes), block_bytes)
+        ahead.start(preload, ends, staging)
 
     async def _at_head(
         self,
         queue: asyncio.Semaphore,
-        wanted: _Wanted,
+        wanted: WantedPrefix,
         staged: StagedPrefix,
         held: AsyncExitStack,
         until_s: float = math.inf,
@@ -162,34 +195,21 @@ class StagingQueue:
             queue.release()
             raise
 
-    async def _leased(self, wanted: _Wanted, held: AsyncExitStack) -> StagedPrefix:
+    async def _leased(self, wanted: WantedPrefix, held: AsyncExitStack) -> StagedPrefix:
         """What the host tier has of it; nothing when it takes too long to say so."""
         looking = self._look_ups.submit(wanted.lease)
-        staged = await _result(looking, wanted.cache, LOOK_UP_TIMEOUT_S)
+        staged = await _result(looking, wanted.cache, LOOK_UP_TIMEOUT_S) or AWAY
         held.callback(wanted.cache.release, staged)
         return staged
 
     async def _grown(
-        self, wanted: _Wanted, staged: StagedPrefix, held: AsyncExitStack
+        self, wanted: WantedPrefix, staged: StagedPrefix, held: AsyncExitStack
     ) -> StagedPrefix:
         """`staged`, and what arrives in time of the rest."""
         growing = self._fetchers.submit(wanted.grown, staged)
-        grown = await _result(growing, wanted.cache, None)
+        grown = await _result(growing, wanted.cache, None) or NOTHING
         held.callback(wanted.cache.release, grown)
         return grown
-
-
-def _wanted(engine: Engine, cache: PrefixCache, request: GenerationRequest) -> _Wanted | None:
-    """The blocks that may be loaded, if any: whole ones, leaving a token to compute."""
-    tokens, block = request.prompt_token_ids, engine.namespace.layout.tokens_per_block
-    num_blocks = (len(tokens) - 1) // block
-    if num_blocks < 1 or len(tokens) > engine.max_total_tokens:
-        return None
-    reusable, scope = tokens[: num_blocks * block], engine.storage_scope(request.scope)
-    own = hashes = block_hashes(reusable, block, request.scope)
-    if scope != request.scope:
-        hashes = block_hashes(reusable, block, scope)
-    return _Wanted(engine, cache, own, hashes, scope, time.monotonic() + cache.deadline_s)
 
 
 async def _acquired(queue: asyncio.Semaphore, until_s: float) -> bool:
@@ -209,14 +229,14 @@ async def _acquired(queue: asyncio.Semaphore, until_s: float) -> bool:
 
 async def _result(
     running: "Future[StagedPrefix]", cache: PrefixCache, timeout_s: float | None
-) -> StagedPrefix:
-    """What `running` gives, or nothing when time runs out; what comes too late is given back."""
+) -> StagedPrefix | None:
+    """What `running` gives, or None when time runs out; what comes too late is given back."""
     result = asyncio.wrap_future(running)
     is_taken = False
     try:
         await asyncio.wait({result}, timeout=timeout_s)
         is_taken = result.done()
-        return result.result() if is_taken else NOTHING
+        return result.result() if is_taken else None
     finally:
         if not (is_taken or running.cancel()):
             running.add_done_callback(partial(_release_late, cache))
@@ -226,11 +246,3 @@ def _release_late(cache: PrefixCache, running: "Future[StagedPrefix]") -> None:
     """Give back what was leased for a request that has gone meanwhile, or goes on without."""
     if not running.cancelled() and running.exception() is None:
         cache.release(running.result())
-
-
-def _with_tiers(receipt: Receipt, staged: StagedPrefix, tokens_per_block: int) -> Receipt:
-    """The receipt with the engine's `host` split into what was in host memory and what came."""
-    first, count = receipt.device // tokens_per_block, receipt.host // tokens_per_block
-    num_fetched = len(staged.fetched.intersection(range(first, first + count)))
-    shared = num_fetched * tokens_per_block
-    return replace(receipt, host=receipt.host - shared, shared=shared)

@@ -4,11 +4,12 @@ A replica owns one engine and knows it only through these types, so the embedded
 TensorRT-LLM can stand in for each other.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from actors.cache_changes import CacheChanges as CacheChanges
+from actors.receipt import Receipt as Receipt
 from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.namespace import Namespace
 from shared_cache.prefix_cache import PrefixCache
@@ -22,6 +23,8 @@ class SamplingParams:
 
     Random draws depend only on `seed` and the token's position in the whole sequence, so a request
     that continues on another replica draws the same tokens. Without a seed the request gets one.
+    `logprobs` asks for the log-probability of each token, and of so many of the likeliest ones, as
+    the model gives them: before temperature and limits.
     """
 
     max_tokens: int = 128
@@ -32,6 +35,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +66,13 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
-    """Where the tokens of one prompt came from; the four sum to `prompt_tokens`."""
+class TokenLogprob:
+    """The natural logarithm of a token's probability, and (token id, logarithm) of the likeliest
+    tokens at its place, likeliest first.
+    """
 
-    prompt_tokens: int
-    device: int
-    host: int
-    shared: int
-    computed: int
-
-    @property
-    def cached(self) -> int:
-        """Prompt tokens whose prefill was skipped."""
-        return self.device + self.host + self.shared
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,8 @@ class TokenChunk:
     `text` is the text that these tokens complete (a token may complete none yet). `num_accepted`
     of the tokens were drafted by n-gram look-up and confirmed. The first chunk carries the receipt,
     the last one `finish_reason`. `queue_s` and `prefill_s` are set with the receipt: seconds from
-    arrival at the engine to the first turn, and from there to the first token.
+    arrival at the engine to the first turn, and from there to the first token. `logprobs` has one
+    entry for each token when the request asked for them, else none.
     """
 
     token_ids: tuple[int, ...]
@@ -94,6 +93,7 @@ class TokenChunk:
     receipt: Receipt | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,10 @@ class EngineStats:
     num_turns: int
 
 
+Preload = Callable[[GenerationRequest], Awaitable[range]]
+"""See `Engine.preload`."""
+
+
 class Engine(Protocol):
     """One model on one device or group of devices."""
 
@@ -171,6 +175,15 @@ class Engine(Protocol):
         `computed`; the replica, which staged the prefix, splits `host` into host and shared.
         """
 
+    @property
+    def preload(self) -> Preload | None:
+        """Loads to the device what host memory holds of a prompt, and computes nothing.
+
+        For the beginning of a prompt whose other blocks are still on their way. The blocks must be
+        leased until it returns, with the tokens that were loaded behind those that the device had;
+        cancelling it ends it. It raises what `generate` does. None where there is no such thing.
+        """
+
     def storage_scope(self, scope: ReuseScope) -> ReuseScope:
         """The scope under which this engine's blocks of a request in `scope` are stored.
 
@@ -190,11 +203,14 @@ class Engine(Protocol):
     def take_cache_changes(self) -> CacheChanges:
         """What the engine's own memory got and lost since the last call; empty if it cannot tell.
 
-        Not for an event loop. What other memory of the replica still holds is not called removed.
+        Not for an event loop, and for one thread at a time.
         """
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap."""
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that is to be saved is in the cache's tiers; False when time ran out."""
 
     def is_alive(self) -> bool:
         """Whether the step loop still runs; False after `close` and when it died."""

@@ -18,6 +18,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 CHAT_TEMPLATE = (
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )

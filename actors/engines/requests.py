@@ -8,10 +8,12 @@ a prompt that is longer than it allows.
 import hashlib
 
 from actors.engine import GenerationRequest, SamplingParams
-from shared_cache.errors import RequestError
+from shared_cache.errors import PromptTooLongError, RequestError
 
 GREEDY_TEMPERATURE = 1e-4
 """Below it the best token is taken: logits divided by less overflow, and draw nothing else."""
+
+MAX_LOGPROBS = 20
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_total_tokens: int) -> None:
@@ -28,7 +30,7 @@ def check_request(request: GenerationRequest, vocab_size: int, max_total_tokens:
     if request.scope.lora_id is not None:
         raise RequestError("this engine runs no LoRA adapters; send the request without one")
     if len(prompt) >= max_total_tokens:
-        raise RequestError(
+        raise PromptTooLongError(
             f"the prompt has {len(prompt)} tokens; prompt and output together may have "
             f"{max_total_tokens}. Shorten the prompt, or raise "
             "engine.kv_cache_config.max_tokens or engine.max_seq_len if the model allows it"
@@ -51,6 +53,8 @@ def check_sampling(params: SamplingParams) -> None:
         raise RequestError(f"top_p is {params.top_p}; it must be above 0 and at most 1")
     if params.top_k < 0:
         raise RequestError(f"top_k is {params.top_k}; it must be 0 (no limit) or more")
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        raise RequestError(f"logprobs is {params.logprobs}; it must be 0 to {MAX_LOGPROBS}")
     if any(not stop for stop in params.stop):
         raise RequestError("a stop string is empty; remove it")
 

@@ -18,7 +18,8 @@ import torch
 from benchmarks.cases.rounds import Moves, Payload, new_names
 from benchmarks.rivals.workload import PREFIX_BLOCKS, REQUEST_BLOCKS, Bytes
 from shared_cache.config import CacheConfig, HostConfig
-from shared_cache.connector.copier import BlockCopier, make_copier
+from shared_cache.connector.copier import make_copier
+from shared_cache.connector.copies import BlockCopier, BlockLoad
 from shared_cache.hashing import BlockHash, ReuseScope
 from shared_cache.host.interface import NewRun
 from shared_cache.namespace import BlockLayout, Namespace
@@ -70,10 +71,10 @@ def shared_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def owned(host: HostConfig) -> Iterator[None]:
+def owned(host: HostConfig, admission: str = "never") -> Iterator[None]:
     """The arena's owner, in a process of its own; clients wait until it serves."""
     arguments = [f"--name={host.name}", f"--bytes={int(host.bytes)}", f"--folder={host.folder}"]
-    command = [sys.executable, "-m", "shared_cache.host", *arguments, "--admission=never"]
+    command = [sys.executable, "-m", "shared_cache.host", *arguments, f"--admission={admission}"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
         try:
             yield
@@ -143,8 +144,8 @@ def load(
     staged = cache.lease(names)
     if staged.num_blocks != len(names):
         raise SystemExit(f"only {staged.num_blocks} of {len(names)} blocks are in the arena")
-    buffers = map(cache.host.buffer, staged.lease.slots)
-    pool.load(list(zip(buffers, rows, strict=True)), None)
+    (place,) = cache.places(staged)
+    pool.load([BlockLoad(cache.host.blocks_at(place), rows)], None)
     cache.release(staged)
 
 

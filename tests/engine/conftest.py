@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import EngineConfig, KvCacheConfig, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams, TokenChunk
-from actors.engines.torch.attention import PagedPool
 from actors.engines.torch.build import build_torch_engine
 from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.engine import TorchEngine
-from actors.engines.torch.model import allocate_pool, block_layout, load_model
+from actors.engines.torch.forward import PlainForward
+from actors.engines.torch.model import block_layout, load_model
+from actors.engines.torch.pool import PagedPool, allocate_pool
 from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.namespace import Namespace
 from tests.tiny_model import make_tiny_model, tiny_source
@@ -53,8 +54,29 @@ def engine_config(
     return EngineConfig(kv_cache_config=kv, torch_threads=1, **settings)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module's `LOOPS` say whether its engines wait for every pass, or do not, or both."""
+    loops = getattr(metafunc.module, "LOOPS", ())
+    if "loop" in metafunc.fixturenames and loops:
+        metafunc.parametrize("loop", loops, indirect=True)
+
+
+LONG_LAUNCH = 24
+"""Tokens of a pass that counts as one that takes long to launch, where passes run ahead."""
+
+
 @pytest.fixture
-def make_engine(model_path: ModelPath) -> Iterator[MakeEngine]:
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On a CPU no pass runs ahead by itself, but the loop is the same: let it."""
+    name: str = getattr(request, "param", "plain")
+    if name == "overlapped":
+        monkeypatch.setattr(PlainForward, "runs_ahead", True)
+        monkeypatch.setattr(PlainForward, "is_quick", lambda _, counts: sum(counts) <= LONG_LAUNCH)
+    return name
+
+
+@pytest.fixture
+def make_engine(model_path: ModelPath, loop: str) -> Iterator[MakeEngine]:
     """Builds engines as a replica does; `cache` shares blocks through the real connector."""
     engines: list[TorchEngine] = []
 
@@ -79,7 +101,7 @@ def make_engine(model_path: ModelPath) -> Iterator[MakeEngine]:
 
 
 @pytest.fixture
-def make_connected_engine(model_path: ModelPath) -> Iterator[MakeEngine]:
+def make_connected_engine(model_path: ModelPath, loop: str) -> Iterator[MakeEngine]:
     """Builds an engine around a connector pair of the test's own: `make(pair)`.
 
     `pair(pool)` gives the scheduler and the worker side.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from actors.engines.torch.attention import PagedPool
+from actors.engines.torch.pool import PagedPool
 from shared_cache.connector.interface import RequestData, SchedulerOutput
 from shared_cache.hashing import BlockHash, ReuseScope, block_hashes
 
@@ -50,6 +50,13 @@ class RecordingConnector:
             for output in outputs
             for kind, reports in (("new", output.new_requests), ("old", output.cached_requests))
             for report in reports
+        ]
+
+    def reported(self) -> list[tuple[str, list[int], int, int, int]]:
+        """Each report: its kind, new tokens, number of new blocks, position, tokens scheduled."""
+        return [
+            (kind, r.new_tokens, len(r.new_block_ids), r.computed_position, r.num_scheduled_tokens)
+            for kind, r in self.reports()
         ]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed: int) -> tuple[int, bool]:

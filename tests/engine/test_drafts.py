@@ -53,11 +53,11 @@ async def test_drafts_are_accepted_and_counted(make_engine: MakeEngine) -> None:
 
 
 async def test_sampled_output_is_the_same_with_drafts(make_engine: MakeEngine) -> None:
-    wanted = request(some_prompt(5) * 4, 60, temperature=0.4, seed=3, ignore_eos=True)
+    wanted = request(some_prompt(5) * 4, 60, temperature=0.2, seed=3, ignore_eos=True)
     drafting = make_engine(changes=REPEATING, speculative_config=NGRAM)
     plain = make_engine(changes=REPEATING)
     assert await tokens(drafting, wanted) == await tokens(plain, wanted)
-    assert drafting.stats().accepted_draft_tokens > 0
+    assert drafting.stats().accepted_draft_tokens > 10
 
 
 async def test_drafts_and_sharing_work_together(

@@ -13,6 +13,8 @@ from shared_cache.errors import ModelError, ReplicaUnavailableError, RequestErro
 from shared_cache.hashing import ReuseScope
 from tests.engine.conftest import Greedy, MakeEngine, chunks, request, some_prompt, tokens
 
+LOOPS = ("plain", "overlapped")
+
 
 async def until_idle(engine: TorchEngine) -> None:
     """Return when the engine has nothing to do; the test's timeout is the limit."""
@@ -59,7 +61,7 @@ async def test_a_failing_pass_fails_its_requests_and_no_other(
         raise RuntimeError("the device is on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr("actors.engines.torch.runner.PagedPass", break_down)
+        patch.setattr("actors.engines.torch.forward.PlainForward.logits", break_down)
         results = await asyncio.gather(
             *[tokens(engine, request(prompt)) for _ in range(3)], return_exceptions=True
         )
@@ -75,7 +77,7 @@ async def test_logits_that_are_not_finite_fail_that_request_alone(
 ) -> None:
     engine = make_engine(max_num_tokens=64)
     poisoned, healthy = [250, *some_prompt(15)], some_prompt(9, 1)
-    weight = engine._runner._model.network.model.embed_tokens.weight
+    weight = engine._runner._forward._network.model.embed_tokens.weight
     assert 250 not in healthy
     row = weight[250].clone()
     with torch.inference_mode():

@@ -12,6 +12,8 @@ from shared_cache.errors import ModelError
 from tests.engine.conftest import Greedy, MakeEngine, request, some_prompt, tokens
 from tests.engine.test_scheduler import BLOCK, sequence
 
+LOOPS = ("plain", "overlapped")
+
 
 async def test_an_error_in_one_requests_text_ends_that_request_alone(
     make_engine: MakeEngine, plain_greedy: Greedy, monkeypatch: pytest.MonkeyPatch

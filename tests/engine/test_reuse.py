@@ -18,6 +18,8 @@ from tests.engine.conftest import (
     tokens,
 )
 
+LOOPS = ("plain", "overlapped")
+
 
 async def receipt_of(engine: TorchEngine, prompt: list[int], num_tokens: int = 3) -> Receipt:
     received = await chunks(engine, request(prompt, num_tokens))

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from actors.engines.torch.ngram import PromptLookup
-from actors.engines.torch.scheduler import Limits, Scheduled, Scheduler, Turn, verified
+from actors.engines.torch.scheduled import Scheduled, Turn, verified
+from actors.engines.torch.scheduler import Limits, Scheduler
 from actors.engines.torch.sequence import Sequence
 from actors.engines.torch.slots import SlotPool
 from shared_cache.hashing import BlockHashChain
@@ -15,13 +16,15 @@ BLOCK = 4
 LIMITS = Limits(max_batch_size=3, max_num_tokens=10, max_draft_len=3, max_turn_drafts=5)
 
 
-def sequence(prompt: list[int], num_new: int = 4, request_id: int = 1) -> Sequence:
+def sequence(
+    prompt: list[int], num_new: int = 4, request_id: int = 1, *, drafts: bool = True
+) -> Sequence:
     return Sequence(
         request_id=request_id,
         tokens=list(prompt),
         chain=BlockHashChain(BLOCK, tokens=prompt),
         max_total_tokens=len(prompt) + num_new,
-        lookup=PromptLookup(2, prompt),
+        lookup=PromptLookup(2, prompt) if drafts else None,
     )
 
 
@@ -33,6 +36,7 @@ def play(scheduler: Scheduler, token: int = 9) -> Turn:
     """One turn in which the model chooses `token` everywhere."""
     turn = scheduler.decide()
     for item in turn.items:
+        scheduler.launched(item)
         chosen = [token] * (1 + len(item.drafts)) if item.samples else []
         new = verified(item.drafts, chosen)
         room = item.sequence.max_total_tokens - len(item.sequence.tokens)
@@ -48,13 +52,20 @@ def fed(turn: Turn) -> list[tuple[int, int, int]]:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random requests over a small alphabet, so that prefixes and drafts really are shared."""
+    """Random requests over a small alphabet, so that prefixes and drafts really are shared.
+
+    `ahead`: each turn is decided before it is known what the one before it chose.
+    """
+
+    ahead = False
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(SlotPool(12), LIMITS, load=self.load)
         self.sequences: dict[int, Sequence] = {}
         self.loadable = 0
+        self.running: tuple[Scheduled, ...] = ()
+        self.told: dict[int, int] = {}
 
     def load(self, sequence: Sequence) -> int:
         on_device = sequence.num_device_tokens // BLOCK
@@ -62,7 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=30), num_new=st.integers(1, 9))
     def add(self, prompt: list[int], num_new: int) -> None:
-        new = sequence(prompt, num_new, len(self.sequences) + 1)
+        new = sequence(prompt, num_new, len(self.sequences) + 1, drafts=not self.ahead)
         self.sequences[new.request_id] = new
         self.scheduler.add(new)
 
@@ -74,18 +85,29 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def turn(self, data: st.DataObject) -> None:
         turn = self.scheduler.decide()
-        assert turn.items, "requests wait although nothing keeps them from running"
+        assert turn.items or self.running, "requests wait, nothing keeps them from running"
         assert sum(item.num_fed for item in turn.items) <= LIMITS.max_num_tokens
         assert len({item.sequence for item in turn.items}) == len(turn.items)
         for item in turn.items:
             self.check(item)
-        for item in turn.items:
-            self.advance(item, data)
+            self.scheduler.launched(item)
+        for ending in turn.ending:
+            assert self.told[ending.request_id] <= ending.num_launched
+            self.told[ending.request_id] = ending.num_launched
+        done, self.running = (self.running, turn.items) if self.ahead else (turn.items, ())
+        for item in done:
+            if item.sequence in self.scheduler.running:  # it may have been aborted meanwhile
+                self.advance(item, data)
 
     def check(self, item: Scheduled) -> None:
         current = item.sequence
         assert item.num_tokens >= 1
-        assert item.end <= len(current.tokens)
+        assert item.start == current.num_launched
+        assert item.end <= current.num_tokens
+        assert item.end < current.max_total_tokens
+        assert current.num_unknown <= self.ahead
+        known = item.end - current.num_unknown
+        self.told[current.request_id] = max(known, self.told.get(current.request_id, 0))
         assert item.start + item.num_fed < current.max_total_tokens or not item.drafts
         assert item.start + item.num_fed <= len(current.slots) * BLOCK
         assert item.samples or item.end % BLOCK == 0 or item.num_tokens < BLOCK
@@ -97,8 +119,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             draw = data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
             new = verified(item.drafts, draw)
         self.scheduler.advance(item, new)
-        if len(item.sequence.tokens) >= item.sequence.max_total_tokens:
-            self.end(item.sequence)
+        current = item.sequence
+        if len(current.tokens) >= current.max_total_tokens:
+            blocks = (current.num_computed // BLOCK, self.told[current.request_id] // BLOCK)
+            self.end(current)
+            assert blocks[0] == blocks[1] or not self.ahead, "a connector never heard of a block"
 
     @precondition(lambda self: self.active())
     @rule(data=st.data())
@@ -136,14 +161,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def only_what_is_verified_counts_as_computed(self) -> None:
         for current in self.scheduler.running:
             assert current.num_computed < len(current.tokens)
+            assert current.num_published_blocks * BLOCK <= current.num_computed
             assert current.chain.num_tokens == len(current.tokens)
-            assert current.num_uncomputed == 1 or not current.is_decoding
+            assert current.num_unlaunched == 1 or not current.is_decoding
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+class AheadMachine(SchedulerMachine):
+    ahead = True
+
+
+SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = AheadMachine.TestCase.settings = SETTINGS
 TestScheduler = SchedulerMachine.TestCase
+TestSchedulerAhead = AheadMachine.TestCase
 
 
 def test_prefill_goes_in_chunks_that_end_with_a_block() -> None:
@@ -253,3 +283,16 @@ def test_drafts_count_up_to_the_first_wrong_one(
 def test_what_can_never_run_is_refused() -> None:
     with pytest.raises(ValueError, match="never fit"):
         scheduler(num_slots=2).add(sequence(list(range(12))))
+
+
+def test_what_only_loads_keeps_nobody_waiting_for_room() -> None:
+    """Its request still waits for a tier, the ones behind it are ready."""
+    subject = scheduler(num_slots=12)
+    subject.add(sequence([1, 2, 3], num_new=33))
+    play(subject)
+    ahead, ready = sequence(list(range(17)), 0, 2), sequence([4, 5, 6], 1, 3)
+    ahead.loads_only = True
+    subject.add(ahead)
+    subject.add(ready)
+    assert [request_id for request_id, _, _ in fed(play(subject))] == [1, 3]
+    assert list(subject.waiting) == [ahead]

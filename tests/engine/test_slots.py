@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from actors.engines.torch import slots as slots_module
 from actors.engines.torch.slots import SlotPool
 from shared_cache.hashing import BlockHash, block_hashes
 
@@ -115,3 +116,31 @@ def test_faults_of_the_caller_are_refused() -> None:
         pool.release([slot])
     with pytest.raises(ValueError, match="not in use"):
         pool.publish(slot, CHAIN[0])
+
+
+def test_what_changed_is_told_once_and_all_of_it_when_too_much_was_not_taken(monkeypatch):
+    monkeypatch.setattr(slots_module, "MAX_KEPT_CHANGES", 4)
+    pool = SlotPool(2)
+
+    def publish(name: bytes) -> None:
+        (slot,) = pool.allocate(1)
+        pool.publish(slot, name)
+        pool.release([slot])
+
+    publish(b"a")
+    publish(b"b")
+    assert set(pool.take_changes().stored) == {b"a", b"b"}
+    assert not pool.take_changes()
+    publish(b"c")  # evicts a
+    publish(b"d")  # evicts b
+    changes = pool.take_changes()
+    assert (set(changes.stored), set(changes.removed)) == ({b"c", b"d"}, {b"a", b"b"})
+    publish(b"e")  # evicts c
+    publish(b"c")  # evicts d
+    changes = pool.take_changes()
+    assert (set(changes.stored), set(changes.removed)) == ({b"e", b"c"}, {b"d"})
+    for name in (b"f", b"g", b"h", b"i"):
+        publish(name)
+    changes = pool.take_changes()
+    assert (set(changes.stored), changes.is_cleared) == ({b"h", b"i"}, True)
+    assert not pool.take_changes()

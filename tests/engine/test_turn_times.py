@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Any
 
-from actors.engines.torch.attention import PagedPool
+from actors.engines.torch.pool import PagedPool
 from tests.engine.conftest import MakeEngine, request, some_prompt, tokens
 from tests.engine.recording import RecordingConnector
 

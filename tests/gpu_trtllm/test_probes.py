@@ -3,7 +3,7 @@
 import pytest
 
 from actors.engines.trtllm.doctor import machine, package, version
-from actors.engines.trtllm.findings import run_probes
+from actors.findings import run_probes
 
 pytestmark = pytest.mark.gpu
 

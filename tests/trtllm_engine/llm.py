@@ -64,6 +64,7 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | None = None
+    logprobs: list[dict[int, SimpleNamespace]] | None = None
 
 
 class Result:
@@ -86,6 +87,11 @@ class Result:
     def put(self, response: Any) -> None:
         self.loop.call_soon_threadsafe(self.queue.put_nowait, response)
 
+    def _entry(self, token: int) -> dict[int, SimpleNamespace]:
+        """The token itself in the third place, and the likeliest ones."""
+        ranks = {token: 3, **{token + rank: rank for rank in range(1, self.params.logprobs + 1)}}
+        return {one: SimpleNamespace(logprob=-rank / 2, rank=rank) for one, rank in ranks.items()}
+
     def __aiter__(self) -> "Result":
         return self
 
@@ -99,6 +105,9 @@ class Result:
             raise response
         tokens, reason, self.cached_tokens = response
         self.outputs[0].token_ids += tokens
+        if getattr(self.params, "logprobs", None) is not None:
+            entries = self.outputs[0].logprobs or []
+            self.outputs[0].logprobs = entries + [self._entry(token) for token in tokens]
         self.outputs[0].finish_reason = reason
         self.finished = reason is not None
         return self

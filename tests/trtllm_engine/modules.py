@@ -65,6 +65,7 @@ class SamplingParams:
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    logprobs: int | None = None
     ignore_eos: bool = False
     detokenize: bool = True
 

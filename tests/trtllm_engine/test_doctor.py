@@ -11,9 +11,9 @@ import pytest
 from actors.config import KvCacheConfig
 from actors.engine import Receipt
 from actors.engines.trtllm import doctor, trial
-from actors.engines.trtllm.findings import Finding, run_probes
 from actors.engines.trtllm.gpu_memory import GpuMemory
 from actors.engines.trtllm.trial import Answer, Trial, common_part, judge, run_trial, trial_prompt
+from actors.findings import Finding, run_probes
 from cluster.cli import main
 from shared_cache.connector import process
 from tests.trtllm_engine import modules
@@ -69,7 +69,7 @@ def test_without_it_the_fix_is_told_once(
     monkeypatch: pytest.MonkeyPatch, good_machine: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
-    assert main(["doctor", "--json"]) == 1
+    assert main(["doctor", "--engine", "trtllm", "--json"]) == 1
     assert capsys.readouterr().out.count("is not installed here") == 1
 
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine import CacheChanges
 from actors.engines.trtllm import events
 from actors.engines.trtllm.events import PoolEvents
 from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope, block_hashes, next_hash
@@ -112,18 +111,25 @@ def test_lost_events_make_everything_be_learned_anew() -> None:
     assert known.take_changes().is_cleared
 
 
-def test_changes_are_whole_chains_and_what_is_gone_in_the_end() -> None:
-    known, pool = PoolEvents(BLOCK), Pool(BLOCK, 4, 0, 100)
+def test_changes_are_where_blocks_are_in_the_end() -> None:
+    known, pool = PoolEvents(BLOCK), Pool(BLOCK, 4, 2, 100)
     first, second = list(range(9)), list(range(100, 113))
     ran(known, pool, first, DEFAULT_SCOPE)
     created = known.take_changes()
-    assert created == CacheChanges((tuple(hashes(first)),), (), is_cleared=True)
-    ran(known, pool, second, DEFAULT_SCOPE)
-    pool.end([*first, *range(20, 23)], None)  # brings back the first one's first block
-    feed(known, pool)
-    changes = known.take_changes()
-    assert not set(changes.removed).intersection(one for c in changes.stored for one in c)
-    assert all(chain[0] in (hashes(first)[0], hashes(second)[0]) for chain in changes.stored)
+    assert set(created.stored) == set(hashes(first))
+    assert (created.removed, created.is_cleared) == ((), True)
+    held = dict.fromkeys(created.stored, "device")
+    for tokens in (second, list(range(200, 209)), first, list(range(300, 313))):
+        ran(known, pool, tokens, DEFAULT_SCOPE)
+        changes = known.take_changes()
+        assert not changes.is_cleared
+        held.update(dict.fromkeys(changes.stored, "device"))
+        held.update(dict.fromkeys(changes.offloaded, "host"))
+        for one in changes.removed:
+            held.pop(one, None)
+        levels = {one: "host" if level else "device" for one, level in known._levels.items()}
+        assert held == levels
+    assert "host" in held.values()
     assert not known.take_changes()
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from actors.engine import GenerationRequest, Receipt, SamplingParams
+from actors.engine import GenerationRequest, Receipt, SamplingParams, TokenLogprob
+from actors.engines.trtllm.sampling import token_logprob
 from shared_cache.errors import ReplicaUnavailableError, RequestError
 from shared_cache.hashing import ReuseScope
 from tests.tiny_model import make_tokenizer
@@ -213,3 +214,17 @@ async def test_a_prompt_s_salt_is_handed_on(make_engine: MakeEngine) -> None:
     assert again.receipt is not None
     assert again.receipt.cached == 2 * BLOCK
     assert other.receipt == Receipt(len(prompt), 0, 0, 0, len(prompt))
+
+
+async def test_log_probabilities_come_with_their_tokens(make_engine: MakeEngine) -> None:
+    got = await chunks(make_engine(), request(some_prompt(10), 6, ignore_eos=True, logprobs=2))
+    pairs = [pair for one in got for pair in zip(one.token_ids, one.logprobs, strict=True)]
+    assert len(pairs) == 6
+    for token, noted in pairs:
+        assert noted == TokenLogprob(-1.5, ((token + 1, -0.5), (token + 2, -1.0)))
+    none_asked = await chunks(make_engine(), request(some_prompt(10), 2, ignore_eos=True))
+    assert all(chunk.logprobs == () for chunk in none_asked)
+
+
+def test_a_token_whose_probability_is_not_told_has_openais_word_for_it() -> None:
+    assert token_logprob({}, 5, 1) == TokenLogprob(-9999.0, ())

@@ -20,7 +20,7 @@ from actors.engines.trtllm import build
 from actors.replica import EngineReplica
 from shared_cache.config import CacheConfig
 from shared_cache.connector import process
-from shared_cache.connector.scheduler import reuse_scope
+from shared_cache.connector.identity import reuse_scope
 from shared_cache.hashing import ReuseScope
 from tests.tiny_model import make_tokenizer
 from tests.trtllm_engine import modules

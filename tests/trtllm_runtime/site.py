@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum, auto
 
-from shared_cache.connector.scheduler import reuse_scope
+from shared_cache.connector.identity import reuse_scope
 from shared_cache.errors import StoreError, StoreFullError
 from shared_cache.hashing import BlockHash, ReuseScope, block_hashes
 from shared_cache.namespace import Namespace

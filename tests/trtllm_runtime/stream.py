@@ -7,14 +7,14 @@ stream can hold work back, for as long as TensorRT-LLM's loop would not wait for
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from shared_cache.checksum import block_checksum
-from shared_cache.connector.copier import BlockCopy, BlockSave, OnDone, OnFailed
+from shared_cache.connector.copies import BlockCopy, BlockLoad, BlockSave, OnDone, OnFailed
 
 
 class DeviceStream:
@@ -56,10 +56,20 @@ class LaggingCopier:
         self._rows = pool.numpy()
         self._streams: set[DeviceStream] = set()
 
-    def load(self, copies: Sequence[BlockCopy], stream: Any) -> None:
+    def load(self, loads: Sequence[BlockLoad], stream: Any) -> None:
         """See `BlockCopier.load`; host memory is read when the device gets there."""
-        copies = list(copies)
+        copies = [pair for load in loads for pair in load.pairs()]
         stream.put(lambda: self._load(copies))
+
+    def load_beside(self, loads: Sequence[BlockLoad], stream: Any) -> Callable[[], bool]:
+        """See `BlockCopier.load_beside`; done when the device gets there."""
+        done: list[bool] = []
+        self.load(loads, stream)
+        stream.put(lambda: done.append(True))
+        return lambda: bool(done)
+
+    def before_writes(self, blocks: Collection[int] | None, stream: Any) -> None:
+        """See `BlockCopier.before_writes`: one stream does everything in order."""
 
     def save(
         self, copies: Sequence[BlockSave], stream: Any, on_done: OnDone, on_failed: OnFailed

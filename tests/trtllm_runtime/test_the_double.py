@@ -190,6 +190,6 @@ def test_a_lease_that_ends_before_the_device_has_copied_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its slot must be written to meanwhile, by other threads: not in every run, but in some."""
-    monkeypatch.setattr("shared_cache.connector.plan.TURNS_UNTIL_COPIED", 1)
+    monkeypatch.setattr("shared_cache.connector.load_leases.TURNS_UNTIL_COPIED", 1)
     with pytest.raises(WrongBytesError):
         load_again_and_again()

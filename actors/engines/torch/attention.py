@@ -10,61 +10,18 @@ Everything a pass needs travels in `PagedPass` through the model's keyword argum
 process share nothing but the registration.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from shared_cache.namespace import BlockLayout
+from actors.engines.torch.batch import NO_HOOKS, LayerHooks
+from actors.engines.torch.pool import PagedPool, QuerySpan
 
 ATTENTION_NAME = "kvcommons_paged"
-
-
-def _no_layer_hook(layer: int) -> None:
-    """Layers are not watched."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuerySpan:
-    """New tokens of one sequence: `count` from position `start` on, over the slots `slots`."""
-
-    start: int
-    count: int
-    slots: Sequence[int]
-
-    @property
-    def context(self) -> int:
-        """Tokens that the last new token attends to."""
-        return self.start + self.count
-
-    @property
-    def group_key(self) -> tuple[int, int]:
-        """Spans with equal keys attend together: padding then less than doubles the work."""
-        return self.count, self.context.bit_length()
-
-
-class PagedPool:
-    """The KV pool `[num_slots, layers, 2, kv_heads, tokens_per_block, head_dim]` and its views."""
-
-    def __init__(self, tensor: torch.Tensor, layout: BlockLayout) -> None:
-        self.tensor = tensor
-        self.layout = layout
-        heads, tokens, head_dim = layout.num_kv_heads, layout.tokens_per_block, layout.head_dim
-        # Row 0 of view l is K of head 0 of layer l in slot 0, so one index serves all layers.
-        by_token, by_block = tensor.view(-1, head_dim), tensor.view(-1, tokens * head_dim)
-        self.token_rows = [by_token[i * 2 * heads * tokens :] for i in range(layout.num_layers)]
-        self.block_rows = [by_block[i * 2 * heads :] for i in range(layout.num_layers)]
-
-    def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
-        """Rows of layer 0's view of blocks: `[2, kv_heads, *slots.shape]`."""
-        layout = self.layout
-        kv_and_head = torch.arange(2 * layout.num_kv_heads, device=slots.device)
-        rows = slots * (layout.num_layers * 2 * layout.num_kv_heads)
-        shape = [2, layout.num_kv_heads, *[1] * slots.dim()]
-        return rows + kv_and_head.view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +37,17 @@ class _Group:
     causal: bool
 
 
+class AttentionPass(Protocol):
+    """What one forward pass reads and writes in the pool."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """`[1, total, heads, head_dim]` from packed `[1, heads, total, head_dim]` inputs."""
+
+
 class PagedPass:
-    """What one forward pass reads and writes in the pool.
+    """The pass that gathers each group's blocks and attends with torch's own function.
 
     `spans` are the new tokens in packed order, spans with equal `group_key` side by side.
     """
@@ -90,27 +56,25 @@ class PagedPass:
         self,
         pool: PagedPool,
         spans: Sequence[QuerySpan],
-        before_layer: Callable[[int], None] = _no_layer_hook,
-        after_layer: Callable[[int], None] = _no_layer_hook,
+        hooks: LayerHooks = NO_HOOKS,
     ) -> None:
         self.pool = pool
-        self._before_layer = before_layer
-        self._after_layer = after_layer
-        self._write_rows = _write_rows(pool, spans)
+        self._hooks = hooks
+        self._write_rows = write_rows(pool, spans)
         self._groups = list(_groups(pool, spans))
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """`[1, total, heads, head_dim]` from packed `[1, heads, total, head_dim]` inputs."""
-        self._before_layer(layer)
+        """See `AttentionPass.attend`."""
+        self._hooks.before(layer)
         head_dim = query.shape[-1]
         token_rows = self.pool.token_rows[layer]
         # [2, kv_heads, total, head_dim], as _write_rows are ordered.
         fresh = torch.cat((key, value)).reshape(-1, head_dim)
         token_rows.index_copy_(0, self._write_rows, fresh)
         outputs = [self._attend_group(layer, group, query, scale) for group in self._groups]
-        self._after_layer(layer)
+        self._hooks.after(layer)
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
 
     def _attend_group(
@@ -135,7 +99,7 @@ class PagedPass:
         return output.transpose(1, 2).reshape(size, query.shape[1], layout.head_dim)
 
 
-def _write_rows(pool: PagedPool, spans: Sequence[QuerySpan]) -> torch.Tensor:
+def write_rows(pool: PagedPool, spans: Sequence[QuerySpan]) -> torch.Tensor:
     """Rows of layer 0's token view for every new token: flat `[2, kv_heads, total]`."""
     block = pool.layout.tokens_per_block
     device = pool.tensor.device
@@ -191,7 +155,7 @@ def paged_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    paged: PagedPass,
+    paged: AttentionPass,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls in every layer; masks are the pass's business."""

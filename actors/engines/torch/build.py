@@ -3,11 +3,11 @@
 import torch
 
 from actors.config import EngineConfig, ModelSource, ReplicaConfig
-from actors.engines.torch.attention import PagedPool
 from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.engine import TorchEngine
-from actors.engines.torch.model import LoadedModel, allocate_pool, block_layout, load_model
+from actors.engines.torch.model import LoadedModel, block_layout, load_model
+from actors.engines.torch.pool import PagedPool, allocate_pool
 from shared_cache.config import CacheConfig, HostConfig
 from shared_cache.connector.scheduler import SharedCacheScheduler
 from shared_cache.connector.worker import SharedCacheWorker
@@ -15,6 +15,9 @@ from shared_cache.errors import ConfigError
 from shared_cache.namespace import Namespace
 from shared_cache.opening import open_cache
 from shared_cache.staging import SharedCache
+
+_LOAD_AHEAD_BYTES = 32 << 20
+"""A load of more than that takes a good part of a decoding turn, and others would wait for it."""
 
 
 def build_torch_engine(config: ReplicaConfig) -> TorchEngine:
@@ -36,6 +39,9 @@ def _build(
     config: ReplicaConfig, cache_config: CacheConfig | None, thread: ComputeThread
 ) -> TorchEngine:
     engine, source = config.engine, config.model
+    if engine.is_cuda:  # streams and graphs belong to a thread's current device
+        index = torch.device(engine.device).index or 0
+        thread.call(lambda: torch.cuda.set_device(index))
     model, pool = thread.call(lambda: _load(source, engine))
     namespace = Namespace(source.name, source.revision, "torch", pool.layout)
     if cache_config is None:
@@ -51,15 +57,25 @@ def _build(
 
 def _load(source: ModelSource, engine: EngineConfig) -> tuple[LoadedModel, PagedPool]:
     kv = engine.kv_cache_config
-    model = load_model(source, engine.torch_dtype, engine.device, engine.max_seq_len)
+    is_dummy = engine.load_format == "dummy"
+    model = load_model(
+        source, engine.torch_dtype, engine.device, engine.max_seq_len, is_dummy=is_dummy
+    )
     layout = block_layout(model.config, kv.tokens_per_block, engine.torch_dtype)
     return model, allocate_pool(layout, kv.pool_tokens // kv.tokens_per_block, engine.device)
 
 
 def _connector(cache: SharedCache, pool: PagedPool) -> ConnectorDriver:
-    worker = SharedCacheWorker(cache)
+    worker = SharedCacheWorker(cache, is_told_of_writes=True)
     worker.register_kv_caches(pool.tensor)
-    scheduler = SharedCacheScheduler(cache, pool.layout.tokens_per_block)
+    scheduler = SharedCacheScheduler(
+        cache,
+        pool.layout.tokens_per_block,
+        holds_unsaved=True,
+        ahead_from_blocks=_LOAD_AHEAD_BYTES // pool.layout.block_bytes
+        if pool.tensor.is_cuda
+        else None,
+    )
     return ConnectorDriver(scheduler, worker, cache)
 
 

@@ -9,7 +9,7 @@ import logging
 import time
 from typing import Any
 
-from actors.engines.torch.scheduler import Scheduled
+from actors.engines.torch.scheduled import Scheduled, Turn
 from actors.engines.torch.sequence import Sequence
 from shared_cache.connector.interface import (
     KvCacheConnectorScheduler,
@@ -44,32 +44,59 @@ class ConnectorDriver:
         self._worker = worker
         self._held: dict[int, list[int]] = {}
         self._newly_held: list[int] = []
+        self._loading: dict[int, Sequence] = {}
+        self._newly_loading: list[int] = []
 
     def match(self, sequence: Sequence) -> int:
         """Prompt tokens that will be loaded beyond those on the device: whole blocks, not all.
 
-        Raises `ValueError` when the connector promises anything else, or an asynchronous load.
+        Marks `sequence` as loading when it must not be computed before `end_turn` says so. Raises
+        `ValueError` when the connector promises anything else.
         """
         on_device, block = sequence.num_device_tokens, sequence.chain.tokens_per_block
         num_tokens, is_async = self._scheduler.get_num_new_matched_tokens(sequence, on_device)
         most = sequence.num_reusable_blocks * block - on_device
-        if is_async or num_tokens % block or not 0 <= num_tokens <= most:
+        if num_tokens % block or not is_async <= num_tokens <= most:
             raise ValueError(
                 f"the connector promised {num_tokens} tokens (asynchronous: {is_async}); this "
-                f"engine loads synchronously, multiples of {block}, here at most {most}"
+                f"engine loads multiples of {block}, here at most {most}"
             )
+        if is_async:
+            sequence.is_loading = True
+            self._loading[sequence.request_id] = sequence
+            self._newly_loading.append(sequence.request_id)
         return num_tokens
 
     def allocated(self, sequence: Sequence) -> None:
         """Tell the slots of the whole prompt."""
         self._scheduler.update_state_after_alloc(sequence, list(sequence.slots))
 
-    def begin_pass(self, items: tuple[Scheduled, ...], stream: Any) -> None:
-        """Report the turn and start its loads; they are done before work put on `stream` later."""
+    @property
+    def is_loading(self) -> bool:
+        """Whether a request waits for an asynchronous load."""
+        return bool(self._loading)
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether ended requests hold slots that `end_turn` has not given back yet."""
+        return bool(self._held)
+
+    def begin_pass(self, turn: Turn, stream: Any) -> None:
+        """Report the turn and start its loads; they are done before work put on `stream` later,
+        but for asynchronous ones.
+        """
+        before_writes = getattr(self._worker, "before_writes", None)
+        if before_writes is not None:  # TensorRT-LLM's interface has no such call
+            before_writes(turn.taken_slots, stream)
         output = SchedulerOutput()
-        for item in items:
+        for item in turn.items:
             is_new = not item.sequence.num_reported_tokens
-            (output.new_requests if is_new else output.cached_requests).append(_report(item))
+            reports = output.new_requests if is_new else output.cached_requests
+            reports.append(_report(item.sequence, item.start, item.num_tokens))
+        for sequence in turn.ending:
+            output.cached_requests.append(_report(sequence, sequence.num_launched, 1))
+        for sequence in turn.arrived:
+            output.new_requests.append(_report(sequence, sequence.num_launched, 0))
         self._worker.bind_connector_meta(self._scheduler.build_connector_meta(output))
         self._worker.start_load_kv(stream)
 
@@ -90,7 +117,7 @@ class ConnectorDriver:
 
         Turns that mix prompts and decoding tell neither.
         """
-        num_decoding = sum(item.sequence.is_decoding for item in items)
+        num_decoding = sum(item.start >= item.sequence.num_prompt_tokens for item in items)
         if self.cache is None:
             return
         if not num_decoding:
@@ -101,6 +128,7 @@ class ConnectorDriver:
 
     def finished(self, sequence: Sequence, slots: list[int]) -> list[int]:
         """End a request that had slots; those that may be released now, the others come later."""
+        self._loading.pop(sequence.request_id, None)
         if not self._scheduler.request_finished(sequence, slots):
             return slots
         self._held[sequence.request_id] = slots
@@ -108,9 +136,15 @@ class ConnectorDriver:
         return []
 
     def end_turn(self) -> list[int]:
-        """Poll asynchronous saves, once per turn; the slots that may be released now."""
-        asked, self._newly_held = self._newly_held, []
-        saved, _ = self._worker.get_finished(asked, [])
+        """Poll what is asynchronous, once per turn; the slots that may be released now.
+
+        Requests whose loads are done are no longer marked as loading.
+        """
+        ended, self._newly_held = self._newly_held, []
+        started, self._newly_loading = self._newly_loading, []
+        saved, loaded = self._worker.get_finished(ended, started)
+        for request_id in loaded:
+            self._loading.pop(request_id).is_loading = False
         return [slot for request_id in saved for slot in self._held.pop(request_id)]
 
     def close(self) -> None:
@@ -127,19 +161,19 @@ class ConnectorDriver:
         self.cache.close(min(CLOSE_TIMEOUT_S, max(0.0, deadline_s - time.monotonic())))
 
 
-def _report(item: Scheduled) -> RequestData:
-    """What is new of this request; marks it as told.
+def _report(sequence: Sequence, start: int, num_tokens: int) -> RequestData:
+    """What is new of this request, which computes `num_tokens` from `start` on; marks it as told.
 
-    Drafts are left out of `num_scheduled_tokens`: their KV may have to go again.
+    Drafts are not counted: their KV may have to go again. As in TensorRT-LLM, a token that is not
+    known yet is not counted either, but the one before it, once more.
     """
-    sequence = item.sequence
     is_new = not sequence.num_reported_tokens
     report = RequestData(
         request_id=sequence.request_id,
         new_tokens=sequence.tokens[sequence.num_reported_tokens :],
         new_block_ids=sequence.slots[sequence.num_reported_slots :],
-        computed_position=sequence.num_device_tokens if is_new else item.start,
-        num_scheduled_tokens=item.num_tokens,
+        computed_position=sequence.num_device_tokens if is_new else start - sequence.num_unknown,
+        num_scheduled_tokens=num_tokens,
     )
     sequence.num_reported_tokens = len(sequence.tokens)
     sequence.num_reported_slots = len(sequence.slots)

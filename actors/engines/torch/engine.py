@@ -5,15 +5,24 @@ border to the engine's thread, so nothing in a turn needs a lock.
 """
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 
 from actors.config import EngineConfig
-from actors.engine import CacheChanges, EngineStats, GenerationRequest, KvCacheStats, TokenChunk
-from actors.engines.torch.attention import PagedPool
+from actors.engine import (
+    CacheChanges,
+    EngineStats,
+    GenerationRequest,
+    KvCacheStats,
+    Preload,
+    TokenChunk,
+)
+from actors.engines.torch.choose_forward import make_forward
 from actors.engines.torch.compute import ComputeThread
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.intake import Inbox, RequestFactory
 from actors.engines.torch.model import LoadedModel
+from actors.engines.torch.pool import PagedPool
 from actors.engines.torch.runner import Runner
 from actors.engines.torch.scheduler import Limits
 from actors.engines.torch.slots import SlotPool
@@ -25,8 +34,12 @@ from shared_cache.namespace import Namespace
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.001
+_LOADING_RETRY_S = 0.0002
 _CPU_TURN_DRAFTS = 16
 """On a CPU a pass over 16 tokens costs about as much as one over 4; beyond, every token counts."""
+
+_GPU_TURN_DRAFTS = 192
+"""On a GPU it is bound by reading the weights up to some 200 tokens."""
 
 
 class TorchEngine:
@@ -45,18 +58,23 @@ class TorchEngine:
         config: EngineConfig,
         connector: ConnectorDriver | None = None,
     ) -> None:
-        num_slots, tokens_per_block = len(pool.tensor), pool.layout.tokens_per_block
+        num_slots, tokens_per_block = pool.num_slots, pool.layout.tokens_per_block
         self.namespace = namespace
         self.cache = connector.cache if connector is not None else None
         self.tokenizer = model.tokenizer
         self.max_total_tokens = min(model.max_seq_len, num_slots * tokens_per_block)
         self._tokens_per_block = tokens_per_block
         self._connector = connector
+        self._can_preload = connector is not None and pool.tensor.is_cuda
         self._slots = SlotPool(num_slots)
         ngram = config.speculative_config
         self._factory = RequestFactory(model, tokens_per_block, self.max_total_tokens, ngram)
-        self._runner = Runner(model, pool, connector)
-        self._turns = TurnLoop(self._runner, self._slots, _limits(config), connector)
+        forward = make_forward(model, pool, config, self.max_total_tokens)
+        self._runner = Runner(forward, pool, connector)
+        overlap = not config.disable_overlap_scheduler
+        self._turns = TurnLoop(
+            self._runner, self._slots, _limits(config), connector, overlap=overlap
+        )
         self._inbox = Inbox()
         self._is_closed = False
         self._failure: Exception | None = None
@@ -77,6 +95,23 @@ class TorchEngine:
             if not finished:
                 self._inbox.abort(active)
 
+    @property
+    def preload(self) -> Preload | None:
+        """See `Engine.preload`: only where a copy to the device needs none of our time."""
+        return self._preload if self._can_preload else None
+
+    async def _preload(self, request: GenerationRequest) -> range:
+        active = self._factory.make(request, loads_only=True)
+        self._inbox.submit(active)
+        has_ended = False
+        try:
+            await active.channel.get()
+            has_ended = True
+        finally:
+            if not has_ended:
+                self._inbox.abort(active)
+        return range(active.sequence.num_device_tokens, active.sequence.num_computed)
+
     def storage_scope(self, scope: ReuseScope) -> ReuseScope:
         """See `Engine.storage_scope`: the connector sees the scope itself."""
         return scope
@@ -86,8 +121,8 @@ class TorchEngine:
         return self._slots.match(hashes)
 
     def take_cache_changes(self) -> CacheChanges:
-        """See `Engine.take_cache_changes`: requests' receipts tell the router enough."""
-        return CacheChanges()
+        """See `Engine.take_cache_changes`."""
+        return self._slots.take_changes()
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -113,6 +148,15 @@ class TorchEngine:
             proposed_draft_tokens=turns.proposed_draft_tokens,
             num_turns=turns.num_turns,
         )
+
+    def flush(self, timeout_s: float) -> bool:
+        """See `Engine.flush`."""
+        if self.cache is None:
+            return True
+        deadline_s = time.monotonic() + timeout_s
+        while self._turns.is_holding and self.is_alive() and time.monotonic() < deadline_s:
+            time.sleep(_RETRY_S)
+        return self.cache.flush(max(0.0, deadline_s - time.monotonic()))
 
     def is_alive(self) -> bool:
         """See `Engine.is_alive`."""
@@ -153,7 +197,8 @@ class TorchEngine:
     def _serve(self) -> None:
         ran = True
         while True:
-            idle_s = None if not self._turns.has_work else 0 if ran else _RETRY_S
+            retry_s = _LOADING_RETRY_S if self._turns.is_loading else _RETRY_S
+            idle_s = None if not self._turns.has_work else 0 if ran else retry_s
             delivery = self._inbox.take(idle_s)
             for active in delivery.arrivals:
                 self._turns.add(active)
@@ -170,6 +215,7 @@ def _limits(config: EngineConfig) -> Limits:
         max_batch_size=config.max_batch_size,
         max_num_tokens=config.max_num_tokens,
         block_reuse=config.kv_cache_config.enable_block_reuse,
+        separate_tail=config.is_cuda and config.kv_cache_config.enable_block_reuse,
         max_draft_len=ngram.max_draft_len if ngram else 0,
-        max_turn_drafts=_CPU_TURN_DRAFTS if config.device == "cpu" else config.max_num_tokens,
+        max_turn_drafts=_GPU_TURN_DRAFTS if config.is_cuda else _CPU_TURN_DRAFTS,
     )

@@ -17,7 +17,7 @@ from actors.engines.torch.ngram import PromptLookup
 from actors.engines.torch.request import ActiveRequest
 from actors.engines.torch.sequence import Sequence
 from shared_cache.errors import ReplicaUnavailableError
-from shared_cache.hashing import BlockHashChain
+from shared_cache.hashing import prompt_chain
 
 
 class RequestFactory:
@@ -36,10 +36,11 @@ class RequestFactory:
         self._ngram = ngram
         self._ids = itertools.count(1)
 
-    def make(self, request: GenerationRequest) -> ActiveRequest:
+    def make(self, request: GenerationRequest, *, loads_only: bool = False) -> ActiveRequest:
         """The request, hashed and with its text stream; call on the event loop that reads it.
 
-        `max_tokens` beyond the room that the prompt leaves is cut. Raises `RequestError`.
+        `max_tokens` beyond the room that the prompt leaves is cut, and means nothing with
+        `loads_only`. Raises `RequestError`.
         """
         prompt, sampling = request.prompt_token_ids, request.sampling
         check_request(request, self._model.vocab_size, self._max_total_tokens)
@@ -47,11 +48,12 @@ class RequestFactory:
         sequence = Sequence(
             request_id=next(self._ids),
             tokens=list(prompt),
-            chain=BlockHashChain(self._tokens_per_block, request.scope, prompt),
-            max_total_tokens=min(wanted, self._max_total_tokens),
+            chain=prompt_chain(prompt, self._tokens_per_block, request.scope),
+            max_total_tokens=len(prompt) if loads_only else min(wanted, self._max_total_tokens),
+            loads_only=loads_only,
             scope=request.scope,
             lookup=PromptLookup(self._ngram.max_matching_ngram_size, prompt)
-            if self._ngram
+            if self._ngram and not loads_only
             else None,
         )
         output = Output(request, self._model.tokenizer, self._model.eos_token_ids)

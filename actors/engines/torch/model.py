@@ -5,7 +5,7 @@ that depend on the batch) would run and produce wrong tokens. So only families t
 compare with plain transformers are accepted, and each condition has its own message.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,16 @@ from transformers.utils import logging as transformers_logging
 
 from actors.config import ModelSource
 from actors.engines.tokenizer import eos_token_ids, load_tokenizer
-from actors.engines.torch.attention import ATTENTION_NAME, PagedPass, PagedPool
-from shared_cache.errors import ConfigError, ModelError
+from actors.engines.torch.attention import ATTENTION_NAME
+from shared_cache.errors import ModelError
 from shared_cache.namespace import BlockLayout
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 # Their angles depend on the longest sequence of the batch, so cached KV would not be reusable.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+_DUMMY_SEED = 20
 
 
 def check_config(config: Any, max_seq_len: int) -> None:
@@ -74,23 +76,6 @@ def block_layout(config: Any, tokens_per_block: int, dtype: str) -> BlockLayout:
     )
 
 
-def allocate_pool(layout: BlockLayout, num_slots: int, device: str) -> PagedPool:
-    """A zeroed pool; memory is taken as slots are first written where the system allows.
-
-    Raises `ConfigError` with the size when the device has not that much memory.
-    """
-    try:
-        tensor = torch.zeros(
-            (num_slots, *layout.shape), dtype=getattr(torch, layout.dtype), device=device
-        )
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, too
-        raise ConfigError(
-            f"a pool of {num_slots} blocks takes {num_slots * layout.block_bytes / 2**30:.1f} GiB, "
-            f"which {device} does not have; lower engine.kv_cache_config.max_tokens"
-        ) from error
-    return PagedPool(tensor, layout)
-
-
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """Weights, tokenizer, and what ends a text. `max_seq_len` is what the model supports at most,
@@ -108,31 +93,19 @@ class LoadedModel:
         """The transformers configuration."""
         return self.network.config
 
-    def logits(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        paged: PagedPass,
-        rows: Sequence[int],
-    ) -> torch.Tensor:
-        """Logits `[len(rows), vocab]` of the chosen rows of one packed pass over the pool."""
-        device = self.network.device
-        hidden = self.network.model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            paged=paged,
-        ).last_hidden_state[0]
-        if len(rows) < len(hidden):
-            hidden = hidden[torch.tensor(rows, dtype=torch.long, device=device)]
-        logits: torch.Tensor = self.network.lm_head(hidden)
-        return logits
-
 
 def load_model(
-    source: ModelSource, dtype: str = "float32", device: str = "cpu", max_seq_len: int | None = None
+    source: ModelSource,
+    dtype: str = "float32",
+    device: str = "cpu",
+    max_seq_len: int | None = None,
+    *,
+    is_dummy: bool = False,
 ) -> LoadedModel:
-    """The model at `source.path`, ready to run. Raises `ModelError` when that cannot be."""
+    """The model at `source.path`, ready to run. Raises `ModelError` when that cannot be.
+
+    `is_dummy`: with seeded random weights, made on the device; its folder then needs none.
+    """
     path = Path(source.path)
     if not (path / "config.json").is_file():
         raise ModelError(
@@ -144,20 +117,37 @@ def load_model(
         supported = config.get_text_config().max_position_embeddings
         longest = min(max_seq_len or supported, supported)
         check_config(config, longest)
-        with _without_progress_bar():
-            network = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=getattr(torch, dtype),
-                attn_implementation=ATTENTION_NAME,
-                local_files_only=True,
-            )
+        if is_dummy:
+            network = _dummy(config, getattr(torch, dtype), device)
+        else:
+            network = _read(path, config, getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {source.name!r} at {path} cannot be loaded: {error}") from error
     network = network.to(device).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source)
     eos = eos_token_ids(network.generation_config, tokenizer)
     return LoadedModel(network, tokenizer, eos, config.vocab_size, longest)
+
+
+def _read(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    with _without_progress_bar():
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+        )
+
+
+def _dummy(config: Any, dtype: torch.dtype, device: str) -> Any:
+    """Random weights as the configuration says; the same ones in every process on such a device."""
+    cuda = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
+        torch.manual_seed(_DUMMY_SEED)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION_NAME
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from actors.engine import GenerationRequest, Receipt, TokenChunk
 from actors.engines.channel import Channel
 from actors.engines.output import Output, Taken
 from actors.engines.requests import GREEDY_TEMPERATURE, seed_of
+from actors.engines.torch.logprobs import LogprobNotes, greedy
 from actors.engines.torch.sampling import sample
 from actors.engines.torch.sequence import Sequence
 
@@ -25,10 +26,20 @@ class ActiveRequest:
     arrived_s: float = field(default_factory=time.monotonic)
     started_s: float | None = None
     num_turns_with_output: int = 0
+    notes: LogprobNotes | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        num_top = self.request.sampling.logprobs
+        if num_top is not None:
+            self.notes = LogprobNotes(self._draw or greedy, num_top)
 
     @property
     def sampler(self) -> Callable[[torch.Tensor, int], int] | None:
         """How tokens are drawn; None for greedy."""
+        return self._draw if self.notes is None else self.notes
+
+    @property
+    def _draw(self) -> Callable[[torch.Tensor, int], int] | None:
         params = self.request.sampling
         if params.temperature < GREEDY_TEMPERATURE:
             return None
@@ -44,8 +55,13 @@ class ActiveRequest:
         return self._chunk(self.output.take(tokens, room), num_accepted)
 
     def _chunk(self, taken: Taken, num_accepted: int) -> TokenChunk:
+        num_tokens = len(taken.tokens)
         chunk = TokenChunk(
-            taken.tokens, taken.text, min(num_accepted, len(taken.tokens)), taken.finish_reason
+            taken.tokens,
+            taken.text,
+            min(num_accepted, num_tokens),
+            taken.finish_reason,
+            logprobs=() if self.notes is None else self.notes.take(num_tokens),
         )
         self.num_turns_with_output += 1
         if self.num_turns_with_output > 1 or self.started_s is None:

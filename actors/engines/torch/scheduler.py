@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from actors.engines.torch.scheduled import Scheduled, Turn
 from actors.engines.torch.sequence import Sequence
 from actors.engines.torch.slots import SlotPool
 from shared_cache.hashing import BlockHash
@@ -21,7 +22,9 @@ class Limits:
     """Bounds of one turn; `max_num_tokens` is at least `max_batch_size`.
 
     `max_draft_len` is for one sequence, `max_turn_drafts` for all of them: a pass verifies drafts
-    nearly for free only while it is bound by reading the weights.
+    nearly for free only while it is bound by reading the weights. With `separate_tail` what could
+    not have come from the cache of a prompt is computed in a turn of its own, as it is when the
+    rest did: so a hit computes what a miss does, to the last bit.
     """
 
     max_batch_size: int
@@ -29,58 +32,14 @@ class Limits:
     block_reuse: bool = True
     max_draft_len: int = 0
     max_turn_drafts: int = 16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scheduled:
-    """`num_tokens` tokens of one sequence from position `start` on, then unverified `drafts`.
-
-    `samples` says that this reaches the sequence's end, so the next token comes out.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def end(self) -> int:
-        """The position after the last token, drafts not counted."""
-        return self.start + self.num_tokens
-
-    @property
-    def num_fed(self) -> int:
-        """Tokens fed to the model, drafts included."""
-        return self.num_tokens + len(self.drafts)
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One engine turn.
-
-    `fresh_slots` were newly allocated for it and are not loaded: their old content is void.
-    """
-
-    items: tuple[Scheduled, ...]
-    fresh_slots: tuple[int, ...]
-
-
-def verified(drafts: tuple[int, ...], chosen: list[int]) -> list[int]:
-    """The tokens that are certain: drafts as far as they were chosen, and the token after them.
-
-    `chosen[i]` is the model's choice for the place of `drafts[i]`, the last one for the place
-    after all drafts.
-    """
-    for index, (draft, choice) in enumerate(zip(drafts, chosen, strict=False)):
-        if draft != choice:
-            return chosen[: index + 1]
-    return chosen
+    separate_tail: bool = False
 
 
 class Scheduler:
     """Waiting and running sequences over one pool.
 
+    A turn may be decided before the tokens of the one before it are known: a sequence then has one
+    unknown token, which counts like any other but for its content.
     At admission `load` is asked how many whole blocks of prompt tokens, beyond those on the device,
     a connector will load, and then `allocated` is told that the prompt has its slots. Neither may
     raise.
@@ -102,6 +61,9 @@ class Scheduler:
         self._load = load
         self._allocated = allocated
         self._fresh: list[int] = []
+        self._loaded: list[int] = []
+        self._parked: list[Sequence] = []
+        self._arrived: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `max_total_tokens` fit the empty pool, else `ValueError`."""
@@ -120,25 +82,47 @@ class Scheduler:
 
     def decide(self) -> Turn:
         """The next turn; its items are empty when nothing can run."""
-        self._fresh = []
-        items = self._decodes([s for s in self.running if s.is_decoding])
+        self._fresh, self._loaded, self._parked, self._arrived = [], [], [], []
+        decoding = [s for s in self.running if s.is_decoding]
+        items = self._decodes([s for s in decoding if s.num_tokens < s.max_total_tokens])
         budget = self.limits.max_num_tokens - sum(item.num_fed for item in items)
-        for sequence in [s for s in self.running if not s.is_decoding]:
-            budget -= self._prefill(sequence, budget, items)
+        for sequence in [s for s in self.running if not s.is_decoding and not s.is_loading]:
+            budget -= self._start(sequence, budget, items)
         for sequence in self._admissible():
             if budget <= 0:
                 break
             self._admit(sequence)
-            budget -= self._prefill(sequence, budget, items)
-        return Turn(tuple(items), tuple(self._fresh))
+            budget -= self._start(sequence, budget, items)
+        return Turn(
+            tuple(items),
+            tuple(self._fresh),
+            tuple(self._loaded),
+            parked=tuple(self._parked),
+            arrived=tuple(self._arrived),
+            ending=tuple(s for s in decoding if _has_untold_block(s)),
+        )
+
+    def launched(self, item: Scheduled) -> None:
+        """The pass that computes `item` was put on the device; what it chooses is not known."""
+        item.sequence.num_launched = item.end
+        item.sequence.num_unknown += item.samples
+
+    def arrived(self, sequence: Sequence) -> None:
+        """What only was to be loaded is on the device: its blocks become reusable."""
+        self._publish(sequence)
 
     def advance(self, item: Scheduled, new_tokens: list[int]) -> None:
-        """Record what a turn did: KV computed, tokens verified; full blocks become reusable."""
+        """Record what a turn did: KV computed, tokens verified; full blocks become reusable.
+
+        After `launched`, turn by turn in their order.
+        """
         sequence = item.sequence
-        sequence.num_computed += item.num_tokens
+        sequence.num_computed = item.end
+        sequence.num_unknown -= item.samples
         if new_tokens:
             sequence.append(new_tokens)
             sequence.num_computed += len(new_tokens) - 1
+            sequence.num_launched = max(sequence.num_launched, sequence.num_computed)
         if self.limits.block_reuse:
             self._publish(sequence)
 
@@ -156,19 +140,32 @@ class Scheduler:
         share = min(limits.max_draft_len, spare // len(decoding))
         for sequence in decoding:
             # A turn puts out one token more than it has drafts.
-            room = sequence.max_total_tokens - len(sequence.tokens) - 1
+            room = sequence.max_total_tokens - sequence.num_tokens - 1
             drafts = sequence.lookup.draft(min(share, room)) if sequence.lookup else []
-            item = Scheduled(sequence, sequence.num_computed, 1, True, tuple(drafts))
+            item = Scheduled(sequence, sequence.num_launched, 1, True, tuple(drafts))
             self._grow(sequence, item.start + item.num_fed)
             items.append(item)
         return items
+
+    def _start(self, sequence: Sequence, budget: int, items: list[Scheduled]) -> int:
+        """What one that does not decode needs in this turn; tokens that are computed for that."""
+        if sequence.is_loading:
+            self._parked.append(sequence)
+        elif sequence.loads_only:
+            self._arrived.append(sequence)
+        else:
+            return self._prefill(sequence, budget, items)
+        return 0
 
     def _prefill(self, sequence: Sequence, budget: int, items: list[Scheduled]) -> int:
         """Schedule the next prompt tokens, whole blocks if possible; how many."""
         if budget <= 0:
             return 0
-        start = sequence.num_computed
-        end = start + min(sequence.num_uncomputed, budget)
+        start = sequence.num_launched
+        end = start + min(sequence.num_unlaunched, budget)
+        tail = sequence.num_reusable_blocks * sequence.chain.tokens_per_block
+        if self.limits.separate_tail and start < tail < end:
+            end = tail
         is_last = end == len(sequence.tokens)
         if not is_last:
             aligned = end - end % sequence.chain.tokens_per_block
@@ -177,10 +174,15 @@ class Scheduler:
         return end - start
 
     def _admissible(self) -> Iterator[Sequence]:
-        """Waiting sequences that may start now, in order; none overtakes one that lacks room."""
+        """Waiting sequences that may start now, in order; none overtakes one that lacks room.
+
+        But for those that only load: their requests are not ready, and others may be.
+        """
         being_computed = set[BlockHash]()
         for sequence in self.running:
-            being_computed.update(self._next_hashes(sequence, sequence.num_computed))
+            # What is loaded counts, too, until the turn after it has published it.
+            start = sequence.num_published_blocks * sequence.chain.tokens_per_block
+            being_computed.update(self._next_hashes(sequence, start))
         for sequence in tuple(self.waiting):
             if len(self.running) >= self.limits.max_batch_size:
                 return
@@ -189,15 +191,17 @@ class Scheduler:
             if upcoming and upcoming[0] in being_computed:
                 continue
             if not self._fits(sequence, num_matched):
+                if sequence.loads_only:
+                    continue
                 return
             being_computed.update(upcoming)
             yield sequence
 
-    def _next_hashes(self, sequence: Sequence, num_computed: int) -> list[BlockHash]:
-        """Hashes of the reusable prompt blocks that are computed after `num_computed` tokens."""
+    def _next_hashes(self, sequence: Sequence, num_here: int) -> list[BlockHash]:
+        """Hashes of the reusable prompt blocks behind the first `num_here` tokens."""
         if not self.limits.block_reuse:
             return []
-        start = num_computed // sequence.chain.tokens_per_block
+        start = num_here // sequence.chain.tokens_per_block
         return sequence.chain.hashes[start : sequence.num_reusable_blocks]
 
     def _match(self, sequence: Sequence) -> int:
@@ -222,10 +226,16 @@ class Scheduler:
         sequence.num_published_blocks = num_matched
         sequence.num_device_tokens = num_matched * block
         sequence.num_loaded_tokens = self._load(sequence) if self.limits.block_reuse else 0
-        sequence.slots += self.pool.allocate(sequence.num_loaded_tokens // block)
+        loaded_slots = self.pool.allocate(sequence.num_loaded_tokens // block)
+        sequence.slots += loaded_slots
+        self._loaded += loaded_slots
         sequence.num_computed = sequence.num_device_tokens + sequence.num_loaded_tokens
-        self._grow(sequence, sequence.num_prompt_tokens)
+        sequence.num_launched = sequence.num_computed
+        if not sequence.loads_only:
+            self._grow(sequence, sequence.num_prompt_tokens)
         self._allocated(sequence)
+        if sequence.loads_only:
+            return
         self.num_reused_blocks += sequence.num_computed // block
         self.num_missed_blocks += (sequence.num_prompt_tokens - sequence.num_computed) // block
 
@@ -235,3 +245,13 @@ class Scheduler:
             slots = self.pool.allocate(missing)
             sequence.slots += slots
             self._fresh += slots
+
+
+def _has_untold_block(sequence: Sequence) -> bool:
+    """Of a sequence that decodes: whether its last pass completed a block by an unknown token."""
+    num_known = len(sequence.tokens)
+    return (
+        sequence.num_tokens == sequence.max_total_tokens
+        and num_known > sequence.num_prompt_tokens
+        and num_known % sequence.chain.tokens_per_block == 0
+    )

@@ -13,10 +13,13 @@ from shared_cache.hashing import BlockHashChain, ReuseScope
 class Sequence:
     """A prompt and what has been generated after it.
 
-    `num_computed` tokens have valid KV, those of `tokens[num_computed:]` have none yet; after the
-    prompt that is exactly one token. `slots[i]` holds block i. `num_device_tokens` and
-    `num_loaded_tokens` are set at admission: prompt tokens found on the device and loaded by the
-    connector. The fields `num_reported_*` say what the connector has been told.
+    `num_computed` tokens have valid KV, `num_launched` will have when all passes that were put on
+    the device are done; behind the prompt all but one token are. `num_unknown` tokens, of one pass
+    at most, are chosen on the device and follow those in `tokens`, which the host knows. `slots[i]`
+    holds block i. `num_device_tokens` and `num_loaded_tokens` are set at admission: prompt tokens
+    found on the device and loaded by the connector, which still is at it while `is_loading`. With
+    `loads_only` that is all that is wanted: nothing is computed. The fields `num_reported_*` say
+    what the connector has been told.
     """
 
     request_id: int
@@ -28,8 +31,12 @@ class Sequence:
     slots: list[int] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
+    num_launched: int = 0
+    num_unknown: int = 0
     num_device_tokens: int = 0
     num_loaded_tokens: int = 0
+    is_loading: bool = False
+    loads_only: bool = False
     num_published_blocks: int = 0
     num_reported_tokens: int = 0
     num_reported_slots: int = 0
@@ -38,14 +45,19 @@ class Sequence:
         self.num_prompt_tokens = len(self.tokens)
 
     @property
-    def num_uncomputed(self) -> int:
-        """Tokens whose KV is still to be computed."""
-        return len(self.tokens) - self.num_computed
+    def num_tokens(self) -> int:
+        """All tokens so far, those included that the host does not know yet."""
+        return len(self.tokens) + self.num_unknown
+
+    @property
+    def num_unlaunched(self) -> int:
+        """Tokens whose KV no pass computes so far."""
+        return self.num_tokens - self.num_launched
 
     @property
     def is_decoding(self) -> bool:
         """True from the first generated token on."""
-        return len(self.tokens) > self.num_prompt_tokens
+        return self.num_tokens > self.num_prompt_tokens
 
     @property
     def num_reusable_blocks(self) -> int:
@@ -70,6 +82,11 @@ class Sequence:
         if beam:
             raise IndexError(f"beam {beam} of a request that has one beam")
         return self.tokens
+
+    @property
+    def hash_chain(self) -> BlockHashChain:
+        """The chain of all tokens so far: ours alone, so that a connector need not hash again."""
+        return self.chain
 
     @property
     def cache_salt(self) -> str | None:

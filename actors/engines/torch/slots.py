@@ -5,9 +5,10 @@ request still reads, and offering a block for reuse whose bytes are not its own 
 numbers in, numbers out; the bytes are elsewhere.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
+from actors.cache_changes import MAX_KEPT_CHANGES, CacheChanges
 from shared_cache.hashing import BlockHash
 
 
@@ -27,6 +28,8 @@ class SlotPool:
         self._slot_of: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._changes: deque[tuple[BlockHash, bool]] = deque()  # another thread takes them
+        self._has_lost_changes = False
 
     @property
     def num_available(self) -> int:
@@ -70,8 +73,33 @@ class SlotPool:
 
     def _evict(self) -> int:
         slot, _ = self._idle.popitem(last=False)
-        del self._slot_of[self._hash_of.pop(slot)]
+        block_hash = self._hash_of.pop(slot)
+        del self._slot_of[block_hash]
+        self._note_change(block_hash, False)
         return slot
+
+    def _note_change(self, block_hash: BlockHash, is_here: bool) -> None:
+        """Nobody need take the changes; then they must not pile up."""
+        if len(self._changes) >= MAX_KEPT_CHANGES:
+            self._has_lost_changes = True
+            self._changes.clear()
+        self._changes.append((block_hash, is_here))
+
+    def take_changes(self) -> CacheChanges:
+        """What can be matched since the last call, and what no more; from any one thread."""
+        if self._has_lost_changes:
+            self._has_lost_changes = False
+            self._changes.clear()  # before looking: what changes meanwhile is told twice
+            return CacheChanges(stored=tuple(self._slot_of), is_cleared=True)
+        last: dict[BlockHash, bool] = {}
+        for _ in range(len(self._changes)):
+            try:
+                block_hash, is_here = self._changes.popleft()
+            except IndexError:  # they were too many: all is told next time
+                break
+            last[block_hash] = is_here
+        stored = tuple(name for name, is_here in last.items() if is_here)
+        return CacheChanges(stored, removed=tuple(last.keys() - set(stored)))
 
     def publish(self, slot: int, block_hash: BlockHash) -> None:
         """Offer a referenced slot's complete block for reuse; the first slot of a hash keeps it."""
@@ -80,6 +108,7 @@ class SlotPool:
         if block_hash not in self._slot_of and slot not in self._hash_of:
             self._slot_of[block_hash] = slot
             self._hash_of[slot] = block_hash
+            self._note_change(block_hash, True)
 
     def release(self, slots: Sequence[int]) -> None:
         """End one reference to each; the last of `slots` is evicted first.

@@ -1,4 +1,9 @@
-"""Decide, run, record: what the engine's thread does in one turn.
+"""Decide, launch, record: what the engine's thread does in one turn.
+
+Where passes can run ahead, a turn is decided and launched while the pass before it is running on
+the device, and what that one chose is recorded then: the device need not wait for the host. A
+request may have ended meanwhile: what the launched pass computes for it is void, in slots that
+nothing writes to before that pass is through.
 
 A forward pass that fails takes the requests in it with it, and no other: their slots come back and
 the engine goes on.
@@ -6,12 +11,16 @@ the engine goes on.
 
 import logging
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 
 from actors.engine import TokenChunk
+from actors.engines.channel import Channel, put_all
 from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.request import ActiveRequest
-from actors.engines.torch.runner import Choices, Runner, Sampler
-from actors.engines.torch.scheduler import Limits, Scheduled, Scheduler, Turn, verified
+from actors.engines.torch.runner import Choices, LaunchedPass, Runner, Sampler
+from actors.engines.torch.scheduled import Scheduled, Turn, verified
+from actors.engines.torch.scheduler import Limits, Scheduler
 from actors.engines.torch.sequence import Sequence
 from actors.engines.torch.slots import SlotPool
 from shared_cache.errors import ModelError
@@ -26,8 +35,15 @@ class TurnLoop:
     """
 
     def __init__(
-        self, runner: Runner, pool: SlotPool, limits: Limits, connector: ConnectorDriver | None
+        self,
+        runner: Runner,
+        pool: SlotPool,
+        limits: Limits,
+        connector: ConnectorDriver | None,
+        *,
+        overlap: bool = True,
     ) -> None:
+        """`overlap`: let passes run ahead, where `runner` can."""
         self.scheduler = Scheduler(pool, limits, self._match, self._allocated)
         self.num_turns = 0
         self.prefill_tokens = 0
@@ -37,13 +53,26 @@ class TurnLoop:
         self._runner = runner
         self._pool = pool
         self._connector = connector
+        self._overlaps = overlap and runner.runs_ahead
+        self._launched: LaunchedPass | None = None
         self._active: dict[int, ActiveRequest] = {}
         self._refused: dict[Sequence, Exception] = {}
+        self._unsent: list[tuple[Channel, TokenChunk | Exception]] = []
+
+    @property
+    def is_loading(self) -> bool:
+        """True while a request waits for its load."""
+        return self._connector is not None and self._connector.is_loading
 
     @property
     def has_work(self) -> bool:
-        """True while any request waits or runs."""
-        return bool(self._active)
+        """True while any request waits or runs, or has left something to save."""
+        return bool(self._active) or self.is_holding
+
+    @property
+    def is_holding(self) -> bool:
+        """True while ended requests have left something to save."""
+        return self._connector is not None and self._connector.is_holding
 
     def add(self, active: ActiveRequest) -> None:
         """Queue a request."""
@@ -57,27 +86,26 @@ class TurnLoop:
 
     def end_all(self, last: TokenChunk | Exception) -> None:
         """End every request with `last`; all are told before anything that could fail."""
-        for active in self._active.values():
-            active.channel.put(last)
+        put_all([*self._unsent, *((active.channel, last) for active in self._active.values())])
         for active in list(self._active.values()):
             self._end(active)
 
     def turn(self) -> bool:
         """Serve one turn; False when nothing could run."""
         turn = self._decide()
-        if turn.items:
-            self._start(turn)
-            try:
-                choices = self._runner.run(turn, self._samplers())
-            except Exception as error:  # whatever a model, a device or a connector may raise
-                logger.exception("a forward pass with %d requests failed", len(turn.items))
-                self._fail([item.sequence for item in turn.items], error)
-            else:
-                for item in turn.items:
-                    self._record_or_fail(item, choices)
+        ran = turn.is_told or self._launched is not None
+        if self._launched is not None and turn.items and not self._runner.is_quick(turn):
+            self._record_launched()  # its tokens need not wait for a long launch
+            turn = self._of_active(turn)
+        launched = self._launch(turn) if turn or self.is_holding else None
+        self._record_launched()
+        self._launched = launched
+        if launched is not None and not (self._active and self._may_run_ahead_of(launched)):
+            self._record_launched()
+        self._send()
         if self._connector is not None:
             self._pool.release(self._connector.end_turn())
-        return bool(turn.items)
+        return ran
 
     def _decide(self) -> Turn:
         turn = self.scheduler.decide()
@@ -86,8 +114,73 @@ class TurnLoop:
         refused, self._refused = self._refused, {}
         for sequence, error in refused.items():
             self._fail([sequence], error)
-        kept = tuple(item for item in turn.items if item.sequence not in refused)
-        return Turn(kept, turn.fresh_slots)
+        return self._of_active(turn)
+
+    def _of_active(self, turn: Turn) -> Turn:
+        """`turn` without requests that have ended since it was decided."""
+        return replace(
+            turn,
+            items=tuple(item for item in turn.items if self._is_active(item.sequence)),
+            parked=tuple(sequence for sequence in turn.parked if self._is_active(sequence)),
+            ending=tuple(sequence for sequence in turn.ending if self._is_active(sequence)),
+            arrived=tuple(sequence for sequence in turn.arrived if self._is_active(sequence)),
+        )
+
+    def _is_active(self, sequence: Sequence) -> bool:
+        return sequence.request_id in self._active
+
+    def _launch(self, turn: Turn) -> LaunchedPass | None:
+        self._start(turn)
+        try:
+            launched = self._runner.launch(turn, self._samplers())
+        except Exception as error:  # whatever a model, a device or a connector may raise
+            logger.exception("a turn with %d requests failed", len(turn.sequences))
+            self._record_launched()  # what the pass before it chose is not lost with it
+            self._fail(self._of_active(turn).sequences, error)
+            return None
+        for item in turn.items:
+            self.scheduler.launched(item)
+        for sequence in turn.arrived:
+            self.scheduler.arrived(sequence)
+            active = self._active[sequence.request_id]
+            self._end(active)
+            self._unsent.append((active.channel, TokenChunk((), "", finish_reason="stop")))
+        return launched
+
+    def _may_run_ahead_of(self, launched: LaunchedPass) -> bool:
+        """Whether the next turn can be decided before it is known what `launched` chose.
+
+        It cannot where the host chooses itself, or drafts what comes next.
+        """
+        return self._overlaps and not any(
+            item.sequence.lookup is not None or item.sequence.request_id in launched.samplers
+            for item in launched.items
+        )
+
+    def _record_launched(self) -> None:
+        """Wait for the pass that was launched, and record what it did for whoever is still here."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        try:
+            choices = launched.choices()
+        except Exception as error:  # it failed on the device
+            sequences = [item.sequence for item in launched.items]
+            logger.exception("a forward pass with %d requests failed", len(sequences))
+            self._fail([one for one in sequences if self._is_active(one)], error)
+            return
+        for item in launched.items:
+            if self._is_active(item.sequence):
+                self._record_or_fail(item, choices)
+        self._send()
+
+    def _send(self) -> None:
+        """Send all that has come out; who is not there any more to read it is aborted."""
+        unsent, self._unsent = self._unsent, []
+        unread = put_all(unsent)
+        for active in list(self._active.values()) if unread else ():
+            if active.channel in unread:
+                self.abort(active)
 
     def _match(self, sequence: Sequence) -> int:
         if self._connector is None:
@@ -106,10 +199,11 @@ class TurnLoop:
     def _start(self, turn: Turn) -> None:
         self.num_turns += 1
         now = time.monotonic()
-        for item in turn.items:
-            active = self._active[item.sequence.request_id]
+        for sequence in (*(item.sequence for item in turn.items), *turn.parked):
+            active = self._active[sequence.request_id]
             if active.started_s is None:
                 active.started_s = now
+        for item in turn.items:
             num_prompt_left = item.sequence.num_prompt_tokens - item.start
             self.prefill_tokens += min(max(num_prompt_left, 0), item.num_tokens)
             self.proposed_draft_tokens += len(item.drafts)
@@ -146,16 +240,15 @@ class TurnLoop:
         self.accepted_draft_tokens += chunk.num_accepted
         if chunk.finish_reason is not None:
             self._end(active)
-        if not active.channel.put(chunk):
-            self.abort(active)
+        self._unsent.append((active.channel, chunk))
 
-    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
+    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
         for sequence in sequences:
             active = self._active[sequence.request_id]
             self._end(active)
             failure = ModelError(f"this request failed in the engine: {error}")
             failure.__cause__ = error
-            active.channel.put(failure)
+            self._unsent.append((active.channel, failure))
 
     def _end(self, active: ActiveRequest) -> None:
         sequence = active.sequence

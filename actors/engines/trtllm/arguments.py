@@ -23,6 +23,7 @@ OURS = {
     "max_batch_size": "engine.max_batch_size",
     "max_num_tokens": "engine.max_num_tokens",
     "max_seq_len": "engine.max_seq_len",
+    "disable_overlap_scheduler": "engine.disable_overlap_scheduler",
     "kv_connector_config": "cache",
 }
 """Keywords that our settings decide, and those settings."""
@@ -59,6 +60,8 @@ def llm_arguments(config: ReplicaConfig, api: TrtllmApi) -> dict[str, Any]:
     }
     if engine.max_seq_len is not None:
         arguments["max_seq_len"] = engine.max_seq_len
+    if engine.disable_overlap_scheduler:
+        arguments["disable_overlap_scheduler"] = True
     return {**arguments, **_mode_arguments(config, api), **further}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from actors.engines.trtllm.api import load_api
 from actors.engines.trtllm.arguments import CONNECTOR_MODULE
-from actors.engines.trtllm.findings import Finding, Probe
 from actors.engines.trtllm.gpu_memory import visible_gpus
+from actors.findings import Finding, Probe
 
 NEW_MODULE = "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector"
 OLD_MODULE = "tensorrt_llm._torch.pyexecutor.kv_cache_connector"

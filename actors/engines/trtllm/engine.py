@@ -38,6 +38,8 @@ class TrtllmEngine:
     `end` is called after the `LLM` has shut down: it returns when GPU memory is free, or raises.
     """
 
+    preload = None
+
     def __init__(
         self,
         llm: Any,
@@ -91,18 +93,18 @@ class TrtllmEngine:
         return self._service.events.num_on_device(hashes)
 
     def take_cache_changes(self) -> CacheChanges:
-        """See `Engine.take_cache_changes`; waits for the engine's loop.
-
-        With a shared cache, what leaves the pool is in host memory: nothing is called removed.
-        """
+        """See `Engine.take_cache_changes`; waits for the engine's loop."""
         if self._is_closed:
             return CacheChanges()
-        changes = self._loop.call(self._take_changes(), CHANGES_TIMEOUT_S)
-        return CacheChanges(changes.stored) if self._mode == "shared" else changes
+        return self._loop.call(self._take_changes(), CHANGES_TIMEOUT_S)
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         return self._service.statistics.snapshot(moves_loaded=self._mode == "shared")
+
+    def flush(self, timeout_s: float) -> bool:
+        """See `Engine.flush`."""
+        return self.cache is None or self.cache.flush(timeout_s)
 
     def is_alive(self) -> bool:
         """See `Engine.is_alive`."""

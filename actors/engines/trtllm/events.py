@@ -33,7 +33,6 @@ MAX_ROOTS = 1 << 16
 @dataclass(slots=True)
 class _Block:
     name: BlockHash
-    parent: int | None
     level: int
 
 
@@ -84,8 +83,7 @@ class PoolEvents:
         self._levels: dict[BlockHash, int] = {}
         self._last_id: int | None = None
         self._faults = FaultLog(logger)
-        self._stored: set[int] = set()
-        self._removed: set[BlockHash] = set()
+        self._changed: set[BlockHash] = set()
         self._is_cleared = False
 
     def expect(self, tokens: Sequence[int], scope: ReuseScope = DEFAULT_SCOPE) -> None:
@@ -117,11 +115,15 @@ class PoolEvents:
 
     def take_changes(self) -> CacheChanges:
         """What has changed since the last call."""
-        chains = [self._chain_to(one) for one in self._stored if one in self._blocks]
-        gone = [one for one in self._removed if one not in self._levels]
-        changes = CacheChanges(tuple(filter(None, chains)), tuple(gone), self._is_cleared)
-        self._stored, self._removed, self._is_cleared = set(), set(), False
-        return changes
+        changed, self._changed = self._changed, set()
+        is_cleared, self._is_cleared = self._is_cleared, False
+        levels = {one: self._levels.get(one) for one in changed}
+        return CacheChanges(
+            stored=tuple(one for one, level in levels.items() if level == DEVICE_LEVEL),
+            offloaded=tuple(one for one, level in levels.items() if level),
+            removed=() if is_cleared else tuple(o for o, level in levels.items() if level is None),
+            is_cleared=is_cleared,
+        )
 
     def _take(self, event: Mapping[str, Any]) -> None:
         data = event["data"]
@@ -157,11 +159,10 @@ class PoolEvents:
     def _clear(self) -> None:
         self._blocks.clear()
         self._levels = {}
-        self._stored, self._removed, self._is_cleared = set(), set(), True
+        self._changed, self._is_cleared = set(), True
 
     def _store(self, parent_hash: int | None, blocks: Iterable[Mapping[str, Any]]) -> None:
         parent = parent_hash or None  # 0 is a root too
-        last: int | None = None
         for block in blocks:
             tokens = [token["token_id"] for token in block["tokens"]]
             is_text = not any(token.get("token_extra_id") for token in block["tokens"])
@@ -171,18 +172,17 @@ class PoolEvents:
             if not self._place(own_hash, parent, tokens, int(block.get("cache_level") or 0)):
                 self.num_unplaced += 1
                 break
-            parent = last = own_hash
-        if last is not None:
-            self._stored.add(last)
-            self._bound_changes()
+            parent = own_hash
+        self._bound_changes()
 
     def _place(self, own_hash: int, parent: int | None, tokens: list[int], level: int) -> bool:
         before = self._before(own_hash, parent, tokens)
         if before is None:
             return False
         name = next_hash(before, tokens)
-        self._blocks[own_hash] = _Block(name, parent, level)
+        self._blocks[own_hash] = _Block(name, level)
         self._levels[name] = level
+        self._changed.add(name)
         return True
 
     def _before(self, own_hash: int, parent: int | None, tokens: list[int]) -> BlockHash | None:
@@ -193,30 +193,22 @@ class PoolEvents:
         scope = self._roots.scope_of(tokens, own_hash)
         return None if scope is None else scope.root_hash()
 
-    def _chain_to(self, own_hash: int) -> tuple[BlockHash, ...]:
-        chain: list[BlockHash] = []
-        at: int | None = own_hash
-        while at is not None and (block := self._blocks.get(at)) is not None:
-            chain.append(block.name)
-            at = block.parent
-        return tuple(reversed(chain)) if at is None else ()
-
     def _remove(self, own_hashes: Iterable[int]) -> None:
         for own_hash in own_hashes:
             block = self._blocks.pop(int(own_hash), None)
             if block is not None:  # else an unfinished one, or one that could not be placed
                 self._levels.pop(block.name, None)
-                self._removed.add(block.name)
+                self._changed.add(block.name)
         self._bound_changes()
 
     def _bound_changes(self) -> None:
         """Nobody need take the changes; then they must not pile up."""
-        if len(self._stored) + len(self._removed) > MAX_CHANGES + len(self._blocks):
-            self._stored, self._removed = set(self._blocks), set()
-            self._is_cleared = True
+        if len(self._changed) > MAX_CHANGES + len(self._levels):
+            self._changed, self._is_cleared = set(self._levels), True
 
     def _update(self, data: Mapping[str, Any]) -> None:
         block = self._blocks.get(int(data["block_hash"]))
         change = data.get("cache_level")
         if block is not None and change is not None:
             block.level = self._levels[block.name] = int(change["new_value"])
+            self._changed.add(block.name)

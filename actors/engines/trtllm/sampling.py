@@ -9,10 +9,14 @@ Draws come from TensorRT-LLM's own generator: with a temperature, a request that
 another replica goes on with other draws than it would have had.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from actors.engine import GenerationRequest
+from actors.engine import GenerationRequest, TokenLogprob
 from actors.engines.requests import GREEDY_TEMPERATURE, seed_of
+
+UNKNOWN_LOGPROB = -9999.0
+"""OpenAI's word for a token that was not among those whose probability is told."""
 
 _MAX_SEED = (1 << 64) - 1
 
@@ -34,6 +38,8 @@ def sampling_arguments(
         "include_stop_str_in_output": True,
         "detokenize": False,
     }
+    if params.logprobs is not None:
+        arguments["logprobs"] = max(1, params.logprobs)  # 0 is none in some versions
     if params.temperature < GREEDY_TEMPERATURE:
         return {**arguments, "top_k": 1}
     return {
@@ -43,3 +49,13 @@ def sampling_arguments(
         "top_k": params.top_k or None,
         "seed": seed_of(request) & _MAX_SEED,
     }
+
+
+def token_logprob(entry: Mapping[int, Any], token: int, num_top: int) -> TokenLogprob:
+    """TensorRT-LLM's entry for one place: token id -> its `logprob` and `rank`, in our words.
+
+    It has the likeliest tokens, and in most versions the token itself, which may be one of them.
+    """
+    ranked = sorted(entry.items(), key=lambda item: (-item[1].logprob, item[0]))
+    top = tuple((other, one.logprob) for other, one in ranked[:num_top])
+    return TokenLogprob(entry[token].logprob if token in entry else UNKNOWN_LOGPROB, top)

@@ -23,9 +23,14 @@ from actors.engines.trtllm.receipts import make_receipt
 from actors.engines.trtllm.sampling import sampling_arguments
 from actors.engines.trtllm.statistics import Statistics
 from actors.engines.trtllm.stream import Prepared, read_chunks
+from shared_cache.connector.identity import salt_by_id
 from shared_cache.connector.match_log import Matched, MatchLog
-from shared_cache.connector.scheduler import salt_by_id
-from shared_cache.errors import KvcommonsError, ReplicaUnavailableError, RequestError
+from shared_cache.errors import (
+    KvcommonsError,
+    PromptTooLongError,
+    ReplicaUnavailableError,
+    RequestError,
+)
 from shared_cache.hashing import BlockHashChain, ReuseScope, block_hashes
 from shared_cache.namespace import Namespace
 from shared_cache.prefix_cache import PrefixCache
@@ -113,7 +118,7 @@ class RequestService:
         check_request(request, self._model.vocab_size, self.max_total_tokens)
         prompt, longest = request.prompt_token_ids, self._model.max_prompt_tokens
         if longest is not None and len(prompt) > longest:
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens, and without chunked prefill this engine "
                 f"takes {longest}; remove enable_chunked_prefill from engine.llm_args, or raise "
                 "engine.max_num_tokens"

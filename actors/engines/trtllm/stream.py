@@ -8,10 +8,12 @@ at another place than the embedded engine's, which a stream may have come from o
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
-from actors.engine import FinishReason, GenerationRequest, Receipt, TokenChunk
+from actors.engine import FinishReason, GenerationRequest, Receipt, TokenChunk, TokenLogprob
 from actors.engines.output import Output, Taken
+from actors.engines.trtllm.sampling import token_logprob
 from shared_cache.errors import ReplicaUnavailableError
 
 MakeReceipt = Callable[[int | None], Receipt]
@@ -44,7 +46,10 @@ async def read_chunks(
             if not (taken.tokens or taken.text or taken.finish_reason):
                 continue
             num_accepted = max(0, len(taken.tokens) - 1) if counts_drafts else 0
-            chunk = TokenChunk(taken.tokens, taken.text, num_accepted, taken.finish_reason)
+            logprobs = reader.logprobs(len(taken.tokens))
+            chunk = TokenChunk(
+                taken.tokens, taken.text, num_accepted, taken.finish_reason, logprobs=logprobs
+            )
             if is_first:
                 receipt = make_receipt(getattr(result, "cached_tokens", None))
                 seconds = time.monotonic() - begun_s
@@ -66,6 +71,21 @@ class _Reader:
         self._output = prepared.output
         self._room = prepared.room
         self._num_read = 0
+        self._num_taken = 0
+        self._num_logprobs = prepared.request.sampling.logprobs
+
+    def logprobs(self, num_tokens: int) -> tuple[TokenLogprob, ...]:
+        """Those of the last `num_tokens` tokens taken; none when none were asked for."""
+        num_top = self._num_logprobs
+        if num_top is None:
+            return ()
+        completion, span = (
+            self._result.outputs[0],
+            slice(self._num_taken - num_tokens, self._num_taken),
+        )
+        tokens, entries = completion.token_ids[span], list((completion.logprobs or [])[span])
+        entries += [{}] * (len(tokens) - len(entries))
+        return tuple(map(token_logprob, entries, tokens, repeat(num_top)))
 
     def take(self) -> Taken:
         """What has come since the last call, up to the end of the output."""
@@ -73,6 +93,7 @@ class _Reader:
         tokens = list(completion.token_ids or ())[self._num_read :]
         self._num_read += len(tokens)
         taken = self._output.take(tokens, self._room)
+        self._num_taken = self._num_read - len(tokens) + len(taken.tokens)
         self._room -= len(taken.tokens)
         if taken.finish_reason is not None or not self._result.finished:
             return taken

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from actors.config import ReplicaConfig
 from actors.engine import GenerationRequest, Receipt, SamplingParams
-from actors.engines.trtllm.findings import Finding
-from actors.replica import EngineReplica, ReplicaStats
+from actors.findings import Finding
+from actors.replica import EngineReplica
+from actors.replica_health import ReplicaStats
 from shared_cache.config import CacheConfig
 from shared_cache.hashing import ReuseScope
 

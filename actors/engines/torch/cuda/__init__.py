@@ -1,0 +1,1 @@
+"""The embedded engine's fast path on NVIDIA GPUs."""
