@@ -52,6 +52,17 @@ class NGramConfig(Settings):
     )
 
 
+class CudaGraphConfig(Settings):
+    """Which forward passes are replayed as CUDA graphs; embedded engine on a GPU."""
+
+    max_num_tokens: int = Field(
+        256,
+        ge=1,
+        description="passes over at most so many tokens (decoding, drafts, the tail of a prompt "
+        "that was found in the cache) are captured, in sizes up to that",
+    )
+
+
 class EngineConfig(Settings):
     """One engine."""
 
@@ -63,8 +74,8 @@ class EngineConfig(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of weights and KV; auto: float32 in the embedded engine, which keeps greedy "
-        "output exact on a CPU, the model's own in TensorRT-LLM",
+        description="of weights and KV; auto: in the embedded engine float32 on a CPU, which keeps "
+        "greedy output exact, and bfloat16 on a GPU; in TensorRT-LLM the model's own",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, le=64, description="GPUs of one machine that share a model; TensorRT-LLM only"
@@ -82,6 +93,26 @@ class EngineConfig(Settings):
         512, ge=1, description="tokens computed in one turn; longer prompts go in chunks"
     )
     max_seq_len: int | None = Field(None, ge=2, description="default: what the model supports")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="dummy: seeded random weights of the model's shape, made on the device, for "
+        "benchmarks; embedded engine only",
+    )
+    attention: Literal["auto", "flashinfer", "varlen", "sdpa"] = Field(
+        "auto",
+        description="embedded engine: flashinfer: fused layers and CUDA graphs, on NVIDIA GPUs "
+        "with the extra `cuda`; varlen: torch's own kernel over a block table; sdpa: blocks are "
+        "gathered; auto: the first one that can be used",
+    )
+    cuda_graph_config: CudaGraphConfig | None = Field(
+        CudaGraphConfig(), description="embedded engine with flashinfer; null: no CUDA graphs"
+    )
+    disable_overlap_scheduler: bool = Field(
+        False,
+        description="true: a turn begins only when the tokens of the one before it are known; "
+        "else it is launched before, which hides the host's work: in TensorRT-LLM, and in the "
+        "embedded engine with CUDA graphs; never with n-gram drafts",
+    )
     torch_threads: int | None = Field(None, ge=1, description="default: torch's own choice")
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     speculative_config: NGramConfig | None = None
@@ -89,7 +120,14 @@ class EngineConfig(Settings):
     @property
     def torch_dtype(self) -> str:
         """The embedded engine's dtype."""
-        return "float32" if self.dtype == "auto" else self.dtype
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.is_cuda else "float32"
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the embedded engine computes on an NVIDIA GPU."""
+        return self.device.partition(":")[0] == "cuda"
 
     @property
     def max_outstanding(self) -> int:
@@ -141,6 +179,8 @@ def _not_for_trtllm(engine: EngineConfig) -> str | None:
             f"kind: trtllm takes the GPUs that Ray gives the replica, so it cannot heed device "
             f"({engine.device}): remove it and set tensor_parallel_size"
         )
+    if engine.load_format != "auto" or engine.attention != "auto":
+        return "kind: trtllm heeds neither load_format nor attention: put them into llm_args"
     if engine.torch_threads is not None:
         return "kind: trtllm computes on GPUs, so it cannot heed torch_threads: remove it"
     if engine.speculative_config is not None and engine.kv_cache_config.host_cache_size is not None:

@@ -14,8 +14,13 @@ class Metrics(Protocol):
     def first_token(self, replica_id: str, ttft_s: float, receipt: Receipt) -> None:
         """A prompt is prefilled; `ttft_s` counts from dispatch, `receipt` tells its tiers."""
 
-    def tokens(self, replica_id: str, num_generated: int, num_accepted: int) -> None:
-        """Tokens came out; `num_accepted` of them were accepted drafts."""
+    def tokens(
+        self, replica_id: str, num_generated: int, num_accepted: int, gap_s: float | None
+    ) -> None:
+        """Tokens came out; `num_accepted` of them were accepted drafts.
+
+        `gap_s` is the time since the tokens before them; None for a stream's first ones.
+        """
 
     def failover(self, replica_id: str) -> None:
         """A request left this replica and goes on elsewhere."""
@@ -30,7 +35,9 @@ class NullMetrics:
     def first_token(self, replica_id: str, ttft_s: float, receipt: Receipt) -> None:
         """See `Metrics.first_token`."""
 
-    def tokens(self, replica_id: str, num_generated: int, num_accepted: int) -> None:
+    def tokens(
+        self, replica_id: str, num_generated: int, num_accepted: int, gap_s: float | None
+    ) -> None:
         """See `Metrics.tokens`."""
 
     def failover(self, replica_id: str) -> None:

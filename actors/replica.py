@@ -11,17 +11,20 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, TypeVar
 
 from actors.admission import StagingQueue
+from actors.cache_changes import CacheTier, Cursor, TierChanges
+from actors.cache_reports import CacheReports
 from actors.config import ReplicaConfig
-from actors.engine import CacheChanges, Engine, EngineStats, GenerationRequest, TokenChunk
-from actors.streams import batches
-from shared_cache.cache_stats import CacheStats
+from actors.engine import Engine, GenerationRequest, TokenChunk
+from actors.replica_health import ProgressWatch, ReplicaHealth, ReplicaState, ReplicaStats
+from actors.request_log import RequestLog
+from actors.wire.server import Address, WireServer
 from shared_cache.errors import (
     KvcommonsError,
     ReplicaBusyError,
@@ -31,62 +34,19 @@ from shared_cache.errors import (
 
 logger = logging.getLogger(__name__)
 
-ReplicaState = Literal["starting", "ready", "draining", "closed", "failed", "stalled"]
-"""`failed`: the engine could not be built or its loop ended; `stalled`: its loop does not move."""
+Answer = TypeVar("Answer")
 
 FLUSH_RESERVE_S = 5.0
 """Of the time for draining, what is kept for writing saves, at most a quarter."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaHealth:
-    """What a watcher has to know of one replica; only `ready` ones get requests.
-
-    `boot_id` is new in every process. `cache_blocks` is how many blocks the device pool or the
-    host tier can hold, whichever is larger; 0 until `ready`, as is `max_total_tokens`.
-    """
-
-    name: str
-    boot_id: str
-    pid: int
-    state: ReplicaState
-    reason: str = ""
-    cache_blocks: int = 0
-    max_total_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStats:
-    """A snapshot of one replica; `engine` and `cache` are None until it is ready."""
-
-    health: ReplicaHealth
-    uptime_s: float
-    num_outstanding: int
-    engine: EngineStats | None
-    cache: CacheStats | None
-
-
-class ProgressWatch:
-    """Tells since when an engine that has work has not moved."""
-
-    def __init__(self) -> None:
-        self._turns = -1
-        self._since_s = 0.0
-
-    def stalled_s(self, now_s: float, stats: EngineStats) -> float:
-        """Seconds without a turn although requests wait or run; mutates."""
-        is_idle = stats.num_running + stats.num_waiting == 0
-        if is_idle or stats.num_turns != self._turns:
-            self._turns, self._since_s = stats.num_turns, now_s
-        return now_s - self._since_s
 
 
 class EngineReplica:
     """One replica. The engine is built in the background; requests are refused until it is there.
 
     `build` makes the engine (default: what the configuration names). `stall_timeout_s` is the
-    longest that one turn may take before the replica calls itself stalled. Streams belong to one
-    event loop; all other calls may come from another one, so that no stream can hold them up.
+    longest that one turn may take before the replica calls itself stalled, `machine` names the
+    machine that it runs on. Streams belong to one event loop; all other calls may come from another
+    one, so that no stream can hold them up.
     """
 
     def __init__(
@@ -94,6 +54,7 @@ class EngineReplica:
         config: ReplicaConfig,
         build: Callable[[ReplicaConfig], Engine] | None = None,
         stall_timeout_s: float = 120.0,
+        machine: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = config.name
@@ -108,8 +69,12 @@ class EngineReplica:
         self._idle = threading.Event()
         self._idle.set()
         self._staging = StagingQueue(config.name, config.engine.max_batch_size)
+        self._wire: WireServer | None = None
         self._threads = ThreadPoolExecutor(1, f"{config.name}-build")
         config = _within_machine(config)
+        self._uses_arena = config.cache is not None and config.cache.host.scope == "node"
+        self._machine = machine if self._uses_arena else None
+        self._reports: CacheReports | None = None
         self._engine: Future[Engine] = self._threads.submit(build or _build_engine, config)
 
     async def ready(self) -> ReplicaHealth:
@@ -120,14 +85,16 @@ class EngineReplica:
     def health(self) -> ReplicaHealth:
         """Whether this replica can serve; looks at the engine's step loop; cheap."""
         state, reason = self._check()
-        health = ReplicaHealth(self._name, self._boot_id, os.getpid(), state, reason)
+        health = ReplicaHealth(
+            self._name, self._boot_id, os.getpid(), state, reason, machine=self._machine
+        )
         engine = self._built()
         if engine is None:
             return health
-        host_slots = engine.cache.num_blocks if engine.cache else 0
+        pool = engine.stats().kv_cache
         return replace(
             health,
-            cache_blocks=max(engine.stats().kv_cache.max_num_blocks, host_slots),
+            device_tokens=pool.max_num_blocks * pool.tokens_per_block,
             max_total_tokens=engine.max_total_tokens,
         )
 
@@ -143,12 +110,28 @@ class EngineReplica:
             cache=await asyncio.to_thread(cache.stats) if cache else None,
         )
 
-    async def cache_changes(self) -> CacheChanges:
-        """What the engine's own memory got and lost since the last call, for the router."""
+    async def ask(self, question: Callable[[Engine], Answer]) -> Answer:
+        """What `question` finds out about the engine, in a thread: for administration.
+
+        Raises `ReplicaRefusedError` while there is no engine that runs, and what it raises.
+        """
         engine = self._built()
         if engine is None or not engine.is_alive():
-            return CacheChanges()
-        return await asyncio.to_thread(engine.take_cache_changes)
+            state, reason = self._check()
+            raise ReplicaRefusedError(f"{self._name} is {state} {reason}".rstrip())
+        return await asyncio.to_thread(question, engine)
+
+    async def traces(self, question: Callable[[RequestLog], Answer]) -> Answer:
+        """What `question` finds in the log of the last requests; it may not wait."""
+        return question(self._staging.log)
+
+    async def cache_changes(self, read: Mapping[CacheTier, Cursor]) -> tuple[TierChanges, ...]:
+        """What the replica's own memory got and lost behind what was `read`, for the router."""
+        engine = self._built()
+        if engine is None or not engine.is_alive():
+            return ()
+        reports = self._reports_of(engine)
+        return await asyncio.to_thread(reports.since, engine.take_cache_changes, read)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stage the prefix, then stream the continuation; closing this aborts the request.
@@ -173,13 +156,14 @@ class EngineReplica:
             if not self._num_outstanding:
                 self._idle.set()
 
-    async def stream(
-        self, request: GenerationRequest
-    ) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
-        """`generate` for another process: chunks that are ready together come together."""
-        async with aclosing(batches(self.generate(request))) as groups:
-            async for group in groups:
-                yield group
+    async def listen(self, host: str) -> Address:
+        """Where another process reaches `generate`: a socket on this address of the machine.
+
+        Streams run on the event loop of the first call.
+        """
+        if self._wire is None:
+            self._wire = WireServer(self.generate)
+        return await self._wire.listen(host)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, wait for the running ones, write what is queued for the store.
@@ -192,15 +176,14 @@ class EngineReplica:
         deadline_s = time.monotonic() + timeout_s
         reserve_s = min(FLUSH_RESERVE_S, timeout_s / 4)
         is_idle = await asyncio.to_thread(self._idle.wait, timeout_s - reserve_s)
+        await self._save_rest()
         is_written = await self.flush(max(reserve_s, deadline_s - time.monotonic()))
         return is_idle and is_written
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until all saved blocks are in the shared tier; False when time ran out."""
         engine = self._built()
-        if engine is None or engine.cache is None:
-            return True
-        return await asyncio.to_thread(engine.cache.flush, timeout_s)
+        return engine is None or await asyncio.to_thread(engine.flush, timeout_s)
 
     async def close(self) -> None:
         """Abort what runs and free the engine; a second close is a no-op."""
@@ -213,12 +196,34 @@ class EngineReplica:
             if engine is not None:
                 await asyncio.to_thread(engine.close)
         finally:
+            if self._wire is not None:
+                self._wire.close()
             self._threads.shutdown(wait=False)
             self._staging.close()
+
+    async def _save_rest(self) -> None:
+        """Have written what lies in host memory of the last requests and is stored nowhere.
+
+        Looking it up is enough: the host tier then names what the shared tier lacks.
+        """
+        engine = self._built()
+        if engine is None or engine.cache is None:
+            return
+        cache = engine.cache
+        for trace in self._staging.log.recent(cache.num_blocks):
+            staged = await asyncio.to_thread(cache.lease, trace.hashes, 0, trace.scope)
+            cache.release(staged)
 
     def _built(self) -> Engine | None:
         done = self._engine.done() and not self._engine.cancelled()
         return self._engine.result() if done and self._engine.exception() is None else None
+
+    def _reports_of(self, engine: Engine) -> CacheReports:
+        if self._reports is None:
+            is_own = engine.cache is not None and not self._uses_arena
+            own_blocks = engine.cache.num_blocks if engine.cache and is_own else 0
+            self._reports = CacheReports(self._boot_id, own_blocks)
+        return self._reports
 
     def _check(self) -> tuple[ReplicaState, str]:
         if self._state == "closed":

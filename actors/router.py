@@ -1,72 +1,47 @@
-"""The router: live load, prefix knowledge and reservations, decided and booked in one call.
+"""The router: live load, knowledge of caches and bookings, decided and booked in one call.
 
 Load that is polled is late, and a burst of requests would then all see the same idle replica. So a
 route is booked in the call that chooses it; the caller reports the first token and the end. What a
-caller that died never reports expires. What a dead replica held goes with it, and what a receipt
-disproves is believed no more.
+caller that died never reports expires. What a dead replica held goes with it, what a receipt
+disproves is believed no more, and what is wrong too often is not used.
 """
 
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from actors.engine import CacheChanges, Receipt
-from actors.reservations import Reservation, Reservations
+from actors.cache_changes import CacheTier, Cursor, TierChanges
+from actors.open_requests import OpenRequest, OpenRequests
 from actors.router_config import RouterConfig as RouterConfig
-from actors.routing import PrefixIndex, PromptView, ReplicaView, WorkModel, make_policy
-from shared_cache.hashing import BlockHash
+from actors.router_messages import (
+    Batch,
+    Finished,
+    FirstToken,
+    Lost,
+    ReplicaInfo,
+    Reply,
+    Report,
+    Route,
+    RouteRequest,
+    Running,
+)
+from actors.router_snapshot import ReplicaSnapshot, RouterSnapshot
+from actors.routing import Bookings, CostWeights, PromptView, Selector
+from actors.routing.accuracy import Accuracy
+from actors.routing.index import BlockIndex
+from actors.routing.knowledge import NOTHING_FOUND, SHARED_TIER, CacheKnowledge
 
-SHARED_TIER = "shared tier"
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A choice and its booking. `work_tokens` is what was booked on the replica."""
-
-    reservation_id: int
-    replica_id: str
-    boot_id: str
-    known_tokens: int
-    shared_tokens: int
-    work_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSnapshot:
-    """The router's view of one replica."""
-
-    replica_id: str
-    boot_id: str
-    alive: bool
-    pending_tokens: int
-    num_outstanding: int
-    known_blocks: int
-    num_routed: int
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSnapshot:
-    """The router's view of everything; counters since its start.
-
-    `predicted_cached_tokens` against `actual_cached_tokens` tells how good its knowledge is.
-    """
-
-    policy: str
-    replicas: tuple[ReplicaSnapshot, ...]
-    shared_blocks: int
-    num_reservations: int
-    num_expired: int
-    predicted_cached_tokens: int
-    actual_cached_tokens: int
+SESSION_TOKENS = 256
+"""A conversation is known by the block behind so many tokens, where nobody names it."""
 
 
 @dataclass(slots=True)
 class _Replica:
-    boot_id: str
+    info: ReplicaInfo
+    accuracy: Accuracy = field(default_factory=Accuracy)
     alive: bool = True
-    pending_tokens: int = 0
-    reservations: set[int] = field(default_factory=set)
     num_routed: int = 0
 
 
@@ -74,7 +49,7 @@ class Router:
     """Chooses replicas and keeps book; not thread-safe, no I/O.
 
     `shares` tells whether the replicas write to a shared tier, so that what one computed counts
-    as a fetch, not as a computation, for the others.
+    as a fetch, not as a computation, for the others; `reuses`, whether their devices keep blocks.
     """
 
     def __init__(
@@ -82,44 +57,53 @@ class Router:
         config: RouterConfig,
         tokens_per_block: int,
         shares: bool,
+        reuses: bool = True,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._tokens_per_block = tokens_per_block
         self._clock = clock
-        self._work = WorkModel(config.fetch_cost, config.outstanding_cost)
-        self._policy = make_policy(config.policy, self._work, rng or random.Random())
+        self._shares = shares
+        self._reuses = reuses
+        stride = config.stride(tokens_per_block)
+        self._tokens_per_key = tokens_per_block * stride
+        self._bookings = Bookings(
+            config.reservation_timeout_s, config.stream_timeout_s, self._tokens_per_key
+        )
+        weights = CostWeights(
+            config.doubt, config.price, config.memory_price, config.session_affinity
+        )
+        self._selector = Selector(config.policy, self._bookings, weights=weights, rng=rng)
+        index = BlockIndex(config.index_blocks, config.index_ttl_s)
+        self._knowledge = CacheKnowledge(index, self._tokens_per_key, stride > 1)
         self._replicas: dict[str, _Replica] = {}
-        self._reservations = Reservations(config.reservation_timeout_s, config.stream_timeout_s)
-        self._num_expired = self._predicted_cached = self._actual_cached = 0
-        self._index = PrefixIndex()
-        if shares:
-            self._index.add_holder(SHARED_TIER, config.shared_index_blocks)
+        self._open = OpenRequests(self._bookings)
+        self._version = (uuid.uuid4().hex, 0)
+        self._predicted_cached = self._actual_cached = 0
 
-    def register(self, replica_id: str, boot_id: str, cache_blocks: int) -> bool:
+    def register(self, info: ReplicaInfo) -> bool:
         """Route to this replica from now on; True when that is news.
 
-        `boot_id` tells a restarted process, which has an empty cache, from the old one; the same
-        one again is a no-op unless the replica was marked dead. `cache_blocks` bounds what is
-        believed of its cache.
+        The same process again is a no-op unless it was marked dead.
         """
-        known = self._replicas.get(replica_id)
-        if known is not None and known.alive and known.boot_id == boot_id:
+        known = self._replicas.get(info.replica_id)
+        if known is not None and known.alive and known.info.boot_id == info.boot_id:
             return False
-        self._forget(replica_id)
+        self._forget(info.replica_id)
         num_routed = known.num_routed if known else 0
-        self._replicas[replica_id] = _Replica(boot_id, num_routed=num_routed)
-        self._index.add_holder(replica_id, cache_blocks)
+        self._replicas[info.replica_id] = _Replica(info, num_routed=num_routed)
+        self._bookings.add_replica(info.replica_id, info.kv_capacity_tokens)
+        self._knowledge.add_replica(info.replica_id, info.machine)
+        self._list_changed()
         return True
 
     def mark_dead(self, replica_id: str, boot_id: str) -> bool:
-        """Route no more to this process; its knowledge and reservations go. True when news.
+        """Route no more to this process; its knowledge and bookings go. True when news.
 
         A report about another boot than the current one is late and does nothing.
         """
         replica = self._replicas.get(replica_id)
-        if replica is None or not replica.alive or replica.boot_id != boot_id:
+        if replica is None or not replica.alive or replica.info.boot_id != boot_id:
             return False
         self._forget(replica_id)
         replica.alive = False
@@ -130,156 +114,186 @@ class Router:
         self._forget(replica_id)
         self._replicas.pop(replica_id, None)
 
-    def cache_changed(self, replica_id: str, boot_id: str, changes: CacheChanges) -> bool:
-        """Believe what a replica's engine says of its own memory; False when it is late.
+    def serve(self, batch: Batch) -> Reply:
+        """Take in the reports of one caller, then choose for its requests, in their order."""
+        for report in batch.reports:
+            self.take(report)
+        routes = tuple(self.route(request) for request in batch.requests)
+        alive = None
+        if batch.known_replicas != self._version:
+            alive = tuple((n, r.info.boot_id) for n, r in self._replicas.items() if r.alive)
+        return Reply(routes, self._version, alive)
 
-        A report about another boot than the current one is about memory that is gone.
-        """
-        replica = self._replicas.get(replica_id)
-        if replica is None or not replica.alive or replica.boot_id != boot_id:
-            return False
-        self._index.apply(replica_id, changes)
-        return True
-
-    def route(
-        self, hashes: Sequence[BlockHash], num_prompt_tokens: int, avoid: Collection[str] = ()
-    ) -> Route | None:
-        """Choose a replica for a prompt and book the work; None when none but `avoid` is alive.
-
-        `hashes` are the prompt's full blocks that may be reused, first block first.
-        """
-        self._expire()
-        prompt = PromptView(num_prompt_tokens, self._known_tokens(SHARED_TIER, hashes))
-        able = [one for one, r in self._replicas.items() if r.alive and one not in avoid]
-        candidates = [self._view(one, hashes) for one in able]
-        if not candidates:
+    def route(self, request: RouteRequest) -> Route | None:
+        """Choose a replica for a prompt and book the work; None when none but `avoid` is alive."""
+        now_s = self._clock()
+        self._open.expire(now_s)
+        found = self._knowledge.look_up(request.keys)
+        prompt = PromptView(
+            request.num_tokens,
+            found.shared_tokens if self._shares else 0,
+            found.matches,
+            request.session or self._session_of(request.keys),
+            request.output_tokens,
+        )
+        booking = self._selector.select(prompt, now_s, request.avoid, request.keys)
+        if booking is None:
             return None
-        return self._book(prompt, self._policy.choose(prompt, candidates), hashes)
+        self._open.add(request.request_id, OpenRequest(booking, request.keys, found), now_s)
+        if self._reuses:
+            self._knowledge.book(booking.replica_id, request.keys, found)
+        replica = self._replicas[booking.replica_id]
+        replica.num_routed += 1
+        return Route(
+            request_id=request.request_id,
+            replica_id=booking.replica_id,
+            boot_id=replica.info.boot_id,
+            known_tokens=prompt.match(booking.replica_id).host_tokens,
+            shared_tokens=prompt.shared_tokens,
+            work_tokens=booking.plan.computed_tokens,
+            first_token_s=booking.plan.first_token_s,
+        )
 
-    def first_token(self, reservation_id: int, receipt: Receipt) -> bool:
-        """The prefill is done: release its work, learn from the receipt.
+    def take(self, report: Report) -> bool:
+        """Take in what a caller reports; False when it is about something that is gone."""
+        if isinstance(report, FirstToken):
+            return self._first_token(report)
+        if isinstance(report, Finished):
+            return self._finished(report)
+        if isinstance(report, Lost):
+            return self.mark_dead(report.replica_id, report.boot_id)
+        return self._take_over(report)
 
-        False when the reservation has expired or went with its replica.
+    def learn(self, source: str, changes: TierChanges) -> bool:
+        """Believe what a replica (its boot is the changes' epoch) or a machine tells of its cache.
+
+        False when it is about a process that is gone, or something before it is missing.
         """
-        reservation = self._reservations.start(reservation_id, self._clock())
-        if reservation is None:
+        replica = self._replicas.get(source)
+        boot_id = changes.end.epoch
+        if replica is not None and (not replica.alive or replica.info.boot_id != boot_id):
             return False
-        self._predicted_cached += max(reservation.known_tokens, reservation.shared_tokens)
-        self._actual_cached += receipt.cached
-        self._release_work(reservation)
-        self._learn(reservation, receipt)
-        return True
+        return self._knowledge.learn(source, changes)
 
-    def finished(self, reservation_id: int, hashes: Sequence[BlockHash] = ()) -> bool:
-        """The request has ended, well or not; `hashes` are all blocks it has left in the caches.
+    def forget_machine(self, machine: str) -> None:
+        """A machine is gone, and its host memory with it; an unknown one is no error."""
+        self._knowledge.remove_machine(machine)
 
-        False when the reservation has expired or went with its replica.
-        """
-        reservation = self._reservations.get(reservation_id)
-        if reservation is None:
-            return False
-        self._index.add(reservation.replica_id, hashes)
-        if reservation.is_saved:
-            self._index.add(SHARED_TIER, hashes)
-        self._drop(reservation_id)
-        return True
+    def cursors(self, sources: Sequence[str]) -> Mapping[str, Mapping[CacheTier, Cursor]]:
+        """How far each source was read; a tier that is not there is to tell everything."""
+        return {source: self._knowledge.cursors(source) for source in sources}
+
+    def work_off(self) -> bool:
+        """Do some of what can wait; False when there is more. To be called while nobody waits."""
+        now_s = self._clock()
+        self._open.expire(now_s)
+        for name, replica in self._replicas.items():
+            if replica.alive:
+                view = self._bookings.replicas[name]
+                view.is_load_only = replica.accuracy.is_load_only(now_s)
+        is_learnt = self._knowledge.work_off()
+        return self._knowledge.index.tidy(now_s) and is_learnt
 
     def snapshot(self) -> RouterSnapshot:
         """What the router believes now."""
-        self._expire()
+        now_s = self._clock()
+        self._open.expire(now_s)
+        index = self._knowledge.index
         return RouterSnapshot(
             policy=self._config.policy,
-            replicas=tuple(
-                ReplicaSnapshot(
-                    replica_id=replica_id,
-                    boot_id=replica.boot_id,
-                    alive=replica.alive,
-                    pending_tokens=replica.pending_tokens,
-                    num_outstanding=len(replica.reservations),
-                    known_blocks=self._index.num_blocks(replica_id),
-                    num_routed=replica.num_routed,
-                )
-                for replica_id, replica in sorted(self._replicas.items())
-            ),
-            shared_blocks=self._index.num_blocks(SHARED_TIER),
-            num_reservations=len(self._reservations),
-            num_expired=self._num_expired,
+            replicas=tuple(self._snapshot_of(name, now_s) for name in sorted(self._replicas)),
+            shared_blocks=index.num_blocks(SHARED_TIER),
+            num_reservations=len(self._open),
+            num_expired=self._open.num_expired,
             predicted_cached_tokens=self._predicted_cached,
             actual_cached_tokens=self._actual_cached,
+            index_blocks=len(index),
+            num_gaps=self._knowledge.num_gaps,
+            num_snapshots=self._knowledge.num_snapshots,
         )
 
-    def _known_tokens(self, holder: str, hashes: Sequence[BlockHash]) -> int:
-        return self._index.depth(holder, hashes) * self._tokens_per_block
-
-    def _view(self, replica_id: str, hashes: Sequence[BlockHash]) -> ReplicaView:
-        replica = self._replicas[replica_id]
-        return ReplicaView(
-            replica_id=replica_id,
-            pending_tokens=replica.pending_tokens,
-            num_outstanding=len(replica.reservations),
-            known_tokens=self._known_tokens(replica_id, hashes),
+    def _session_of(self, keys: Sequence[int]) -> str | None:
+        """A name for what begins like this prompt."""
+        return (
+            str(keys[min(len(keys) - 1, SESSION_TOKENS // self._tokens_per_key)]) if keys else None
         )
 
-    def _book(self, prompt: PromptView, view: ReplicaView, hashes: Sequence[BlockHash]) -> Route:
-        replica = self._replicas[view.replica_id]
-        work = self._work.prefill(prompt, view.known_tokens)
-        known, shared = view.known_tokens, prompt.shared_tokens
-        reservation = Reservation(view.replica_id, hashes, work, known, shared)
-        reservation_id = self._reservations.add(reservation, self._clock())
-        replica.reservations.add(reservation_id)
-        replica.pending_tokens += work
-        replica.num_routed += 1
-        self._index.add(view.replica_id, hashes)  # in flight counts as cached
-        return Route(
-            reservation_id=reservation_id,
-            replica_id=view.replica_id,
-            boot_id=replica.boot_id,
-            known_tokens=view.known_tokens,
-            shared_tokens=prompt.shared_tokens,
-            work_tokens=work,
-        )
-
-    def _learn(self, reservation: Reservation, receipt: Receipt) -> None:
-        """Correct what was believed when booking by what the prompt really found.
-
-        Its blocks are in the replica now, so there only what was believed to follow them goes. A
-        shared tier that did not give blocks may not take these either: the next report decides.
-        """
-        hashes, own_tokens = reservation.hashes, receipt.device + receipt.host
-        if self._corrects(reservation.replica_id, hashes, reservation.known_tokens, own_tokens):
-            self._index.add(reservation.replica_id, hashes)
-        disproved = self._corrects(SHARED_TIER, hashes, reservation.shared_tokens, receipt.cached)
-        reservation.is_saved = not disproved
-        if not disproved:
-            self._index.add(SHARED_TIER, hashes)
-
-    def _corrects(
-        self, holder: str, hashes: Sequence[BlockHash], believed_tokens: int, found_tokens: int
-    ) -> bool:
-        """Forget the first block that the holder turned out to lack, and all that follow it."""
-        if found_tokens >= believed_tokens:
+    def _first_token(self, report: FirstToken) -> bool:
+        """The prefill is done: release its work, learn from the receipt."""
+        now_s = self._clock()
+        one = self._open.get(report.request_id)
+        if one is None:
             return False
-        self._index.forget(holder, hashes[found_tokens // self._tokens_per_block])
+        booking, receipt = one.booking, report.receipt
+        is_first = booking.first_token_at_s is None
+        self._selector.first_token(booking.booking_id, now_s, receipt, report.prefill_s)
+        if not is_first or not one.is_ours:
+            return True
+        replica = self._replicas[booking.replica_id]
+        real_s = now_s - booking.booked_at_s if report.ttft_s is None else report.ttft_s
+        replica.accuracy.note_first_token(booking.plan.first_token_s, real_s)
+        match = one.found.matches.get(booking.replica_id)
+        own_tokens = min(match.host_tokens, receipt.prompt_tokens) if match else 0
+        replica.accuracy.note_tokens(own_tokens, receipt.device + receipt.host, now_s)
+        self._predicted_cached += max(own_tokens, one.found.shared_tokens)
+        self._actual_cached += receipt.cached
+        if self._shares:
+            is_told = replica.info.machine is not None
+            self._knowledge.correct_shared(one.keys, one.found, receipt.cached, is_told)
         return True
 
-    def _release_work(self, reservation: Reservation) -> None:
-        replica = self._replicas[reservation.replica_id]
-        replica.pending_tokens -= reservation.work_tokens
-        reservation.work_tokens = 0
+    def _finished(self, report: Finished) -> bool:
+        """The request has ended, well or not."""
+        one = self._open.get(report.request_id)
+        if one is None:
+            return False
+        booking, index = one.booking, self._knowledge.index
+        has_started = booking.first_token_at_s is not None
+        self._selector.finished(booking.booking_id, self._clock(), report.output_tokens)
+        self._open.ended(booking)
+        if not self._reuses:
+            return True
+        if has_started:
+            index.add(booking.replica_id, report.new_keys)
+        else:  # nothing was computed; should another request bring it too, the engine tells so
+            known = one.found.depths.get(booking.replica_id, 0)
+            index.remove(booking.replica_id, one.keys[known:])
+        return True
 
-    def _drop(self, reservation_id: int) -> None:
-        reservation = self._reservations.pop(reservation_id)
-        self._release_work(reservation)
-        self._replicas[reservation.replica_id].reservations.discard(reservation_id)
+    def _take_over(self, report: Running) -> bool:
+        """Book what a caller has sent somewhere while this router was away."""
+        replica = self._replicas.get(report.replica_id)
+        is_there = replica is not None and replica.alive
+        if replica is None or not is_there or replica.info.boot_id != report.boot_id:
+            return False
+        now_s = self._clock()
+        view = self._bookings.replicas[report.replica_id]
+        plan = self._selector.cost.plan(PromptView(report.num_tokens), view, now_s)
+        booking = self._bookings.book(report.replica_id, plan, now_s)
+        running = OpenRequest(booking, (), NOTHING_FOUND, is_ours=False)
+        self._open.add(report.request_id, running, now_s)
+        if report.has_first_token:
+            self._bookings.first_token(booking.booking_id, now_s)
+        return True
 
     def _forget(self, replica_id: str) -> None:
-        replica = self._replicas.get(replica_id)
-        if replica is not None:
-            for reservation_id in tuple(replica.reservations):
-                self._drop(reservation_id)
-        self._index.remove_holder(replica_id)
+        self._open.remove_replica(replica_id)
+        self._knowledge.remove_replica(replica_id)
+        self._list_changed()
 
-    def _expire(self) -> None:
-        for reservation_id in self._reservations.expired(self._clock()):
-            self._drop(reservation_id)
-            self._num_expired += 1
+    def _list_changed(self) -> None:
+        self._version = (self._version[0], self._version[1] + 1)
+
+    def _snapshot_of(self, replica_id: str, now_s: float) -> ReplicaSnapshot:
+        replica = self._replicas[replica_id]
+        view = self._bookings.replicas.get(replica_id)
+        return ReplicaSnapshot(
+            replica_id=replica_id,
+            boot_id=replica.info.boot_id,
+            alive=replica.alive,
+            pending_tokens=view.pending_tokens if view else 0,
+            num_outstanding=view.num_outstanding if view else 0,
+            known_blocks=self._knowledge.index.num_blocks(replica_id),
+            num_routed=replica.num_routed,
+            accuracy=replica.accuracy.snapshot(now_s),
+        )

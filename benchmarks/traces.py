@@ -7,6 +7,7 @@ one number per block of 512 tokens of the prompt; equal leading numbers mean a s
 import hashlib
 import heapq
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ ROOT = BlockHash(hashlib.sha256(b"trace").digest())
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One prompt. `hashes` names its blocks, each with everything before it."""
+    """One prompt. `hashes` names its blocks and all before each; the last one may be cut."""
 
     timestamp_s: float
     hashes: tuple[BlockHash, ...]
+    num_tokens: int
+    output_tokens: int
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
@@ -35,7 +38,8 @@ def read_trace(path: Path) -> list[TraceRequest]:
         for line in lines:
             entry = json.loads(line)
             hashes = names.of(entry["hash_ids"])
-            requests.append(TraceRequest(entry["timestamp"] / 1000, hashes))
+            tokens = entry["input_length"], entry["output_length"]
+            requests.append(TraceRequest(entry["timestamp"] / 1000, hashes, *tokens))
     return requests
 
 
@@ -65,11 +69,19 @@ class GeneratedTraffic:
     """Chats of several turns, questions about shared documents, agents whose steps branch.
 
     Lengths and times are drawn so that many prompts come once, some soon again and few for long, as
-    in a service open to everybody. The same seed gives the same requests.
+    in a service open to everybody. `mix` weighs the three kinds. The same seed gives the same
+    requests.
     """
 
-    def __init__(self, seed: int, num_sessions: int = 3000, hours: float = 1.0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        num_sessions: int = 3000,
+        hours: float = 1.0,
+        mix: tuple[float, float, float] = (6, 3, 1),
+    ) -> None:
         self._random = random.Random(seed)
+        self._mix = mix
         self._new = count()
         self._num_sessions = num_sessions
         self._span_s = hours * 3600
@@ -79,10 +91,17 @@ class GeneratedTraffic:
     def requests(self) -> list[TraceRequest]:
         names = ChainNames()
         kinds = self._random.choices(
-            [self._chat, self._questions, self._agent], [6, 3, 1], k=self._num_sessions
+            [self._chat, self._questions, self._agent], self._mix, k=self._num_sessions
         )
         events = heapq.merge(*[kind(self._start()) for kind in kinds], key=lambda e: e[0])
-        return [TraceRequest(at_s, names.of(numbers)) for at_s, numbers in events]
+        return [self._request(at_s, names.of(numbers)) for at_s, numbers in events]
+
+    def _request(self, at_s: float, hashes: tuple[BlockHash, ...]) -> TraceRequest:
+        """The lengths follow from the blocks, so that they draw nothing from the random numbers."""
+        last = int.from_bytes(hashes[-1][:4], "little")
+        num_tokens = len(hashes) * TOKENS_PER_BLOCK - last % TOKENS_PER_BLOCK
+        output_tokens = 1 + int(-300 * math.log((1 + (last >> 12)) / (1 << 20)))
+        return TraceRequest(at_s, hashes, num_tokens, output_tokens)
 
     def _start(self) -> float:
         return self._random.uniform(0, self._span_s)

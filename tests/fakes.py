@@ -17,18 +17,20 @@ from actors.engine import (
     EngineStats,
     GenerationRequest,
     KvCacheStats,
+    Preload,
     Receipt,
     TokenChunk,
 )
 from shared_cache.cache_stats import CacheStats
 from shared_cache.errors import RequestError
-from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope
+from shared_cache.hashing import DEFAULT_SCOPE, BlockHash, ReuseScope, block_hashes
 from shared_cache.host.interface import HostLease, HostStats
 from shared_cache.namespace import BlockLayout, Namespace
 from shared_cache.staging import StagedPrefix
 
 FAKE_TEXT = "Grüße, 日本 🙂! " * 20
 TOKENS_PER_BLOCK = 4
+NUM_TOLD_BLOCKS = 10
 LAYOUT = BlockLayout(1, 2, 1, TOKENS_PER_BLOCK, 2, "float32")
 NAMESPACE = Namespace("fake", "0", "fake", LAYOUT)
 
@@ -72,7 +74,9 @@ class FakeEngine:
         self.receipt = receipt
         self.deadly_token = deadly_token
         self.num_on_device = 0
+        self.changes = CacheChanges()
         self.fail_with: Exception | None = None
+        self.preload: Preload | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.requests: list[GenerationRequest] = []
@@ -147,11 +151,15 @@ class FakeEngine:
         return min(self.num_on_device, len(hashes))
 
     def take_cache_changes(self) -> CacheChanges:
-        return CacheChanges()
+        changes, self.changes = self.changes, CacheChanges()
+        return changes
 
     def stats(self) -> EngineStats:
         blocks = KvCacheStats(64, 64, 0, TOKENS_PER_BLOCK, 0, 0, 0, 0)
         return EngineStats(blocks, 0, self.num_running, 0, 0, 0, 0, self.num_turns)
+
+    def flush(self, timeout_s: float) -> bool:
+        return self.cache is None or self.cache.flush(timeout_s)
 
     def is_alive(self) -> bool:
         return not (self.closed or self.loop_died)
@@ -216,6 +224,11 @@ class FakeCache:
         self.staged.append(hashes[staged.first :])
         return self._lease(hashes, staged.first, len(hashes))
 
+    def lease_coming(
+        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+    ) -> StagedPrefix:
+        return self.grow(StagedPrefix(HostLease(-1, ()), first=first), hashes, wait_s)
+
     def _lease(self, hashes: Sequence[BlockHash], first: int, end: int) -> StagedPrefix:
         lease = HostLease(next(self._lease_ids), tuple(range(first, end)))
         if lease.slots:
@@ -243,7 +256,11 @@ DEADLY_TOKEN = 666
 def build_fake_engine(config: ReplicaConfig) -> FakeEngine:
     """For `EngineReplica(config, build=...)`; an importable function, so that Ray can send it.
 
-    Replica 0 has an engine that dies of `DEADLY_TOKEN`.
+    Replica 0 has an engine that dies of `DEADLY_TOKEN`. All tell of `NUM_TOLD_BLOCKS` blocks, of
+    the prompt 0, 1, 2, ..., on their devices.
     """
     deadly_token = DEADLY_TOKEN if config.name.endswith("-0") else None
-    return FakeEngine(turn_s=0.005, deadly_token=deadly_token)
+    engine = FakeEngine(turn_s=0.005, deadly_token=deadly_token)
+    told = block_hashes(range(NUM_TOLD_BLOCKS * TOKENS_PER_BLOCK), TOKENS_PER_BLOCK)
+    engine.changes = CacheChanges(stored=tuple(told))
+    return engine

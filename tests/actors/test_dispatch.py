@@ -1,14 +1,20 @@
 """Dispatch with replicas that die: the stream has no gap and no repeat, in tokens and in text."""
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from actors.dispatch import DispatchConfig, Dispatcher
 from actors.engine import GenerationRequest, SamplingParams, TokenChunk
 from actors.router import Router, RouterConfig
+from actors.router_messages import Finished, FirstToken, ReplicaInfo, RouteRequest
+from actors.routing.index import routing_keys
+from actors.wire.client import WireReplica
+from actors.wire.server import Address
 from shared_cache.errors import (
     ReplicaBusyError,
     ReplicaRefusedError,
@@ -27,17 +33,25 @@ class LocalRouter:
     def __init__(self) -> None:
         self.router = Router(RouterConfig(policy="round_robin"), TOKENS_PER_BLOCK, shares=True)
         self.is_away = False
+        self.num_routes = 0
 
-    async def route(self, hashes, num_prompt_tokens, avoid=()):
+    async def route(self, hashes, num_prompt_tokens, avoid=(), output_tokens=None):
         if self.is_away:
             raise ReplicaUnavailableError("the router restarts")
-        return self.router.route(hashes, num_prompt_tokens, avoid)
+        return self.route_now(hashes, num_prompt_tokens, tuple(avoid), output_tokens)
 
-    def first_token(self, reservation_id, receipt):
-        self.router.first_token(reservation_id, receipt)
+    def route_now(self, hashes, num_tokens, avoid=(), output_tokens=None):
+        self.num_routes += 1
+        keys = routing_keys(hashes)
+        request = RouteRequest(self.num_routes, num_tokens, keys, avoid, output_tokens)
+        return self.router.route(request)
 
-    def finished(self, reservation_id, hashes):
-        self.router.finished(reservation_id, hashes)
+    def first_token(self, request_id, receipt, prefill_s=None):
+        self.router.take(FirstToken(request_id, receipt, None, prefill_s))
+
+    def finished(self, request_id, hashes, output_tokens=0):
+        new_keys = routing_keys(hashes)
+        self.router.take(Finished(request_id, new_keys, output_tokens))
 
     def mark_dead(self, replica_id, boot_id):
         self.router.mark_dead(replica_id, boot_id)
@@ -70,7 +84,7 @@ class RecordingMetrics:
     def first_token(self, replica_id, ttft_s, receipt):
         self.events.append(("first_token", replica_id, receipt.prompt_tokens))
 
-    def tokens(self, replica_id, num_generated, num_accepted):
+    def tokens(self, replica_id, num_generated, num_accepted, gap_s):
         pass
 
     def failover(self, replica_id):
@@ -88,8 +102,9 @@ class Setup:
         self.metrics = RecordingMetrics()
         self.replicas = replicas
         for name in replicas:
-            self.router.router.register(name, "1", 1000)
+            self.router.router.register(ReplicaInfo(name, "1"))
         settings = {"replica_wait_s": 0.2, "poll_interval_s": 0.01, **config}
+        settings.setdefault("first_wait_s", settings["replica_wait_s"])
         self.dispatcher = Dispatcher(
             self.router,
             replicas.__getitem__,
@@ -207,6 +222,42 @@ async def test_replicas_that_take_no_requests_did_not_die_of_this_one():
     assert routed[-1].num_failovers == 3
 
 
+async def nowhere() -> Address:
+    raise ReplicaUnavailableError("no actor runs now")
+
+
+async def closed_port() -> Address:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Address("127.0.0.1", probe.getsockname()[1], b"")
+
+
+@pytest.mark.parametrize("find", [nowhere, closed_port])
+async def test_replicas_that_cannot_be_reached_did_not_die_of_this_one(find):
+    """A machine takes all its replicas with it."""
+    gone = [WireReplica(str(number), find) for number in range(4)]
+    first = DyingReplica(FakeEngine(), lives_for=3)
+    setup = Setup(
+        {"a": first, **dict(zip("bcde", gone, strict=True)), "f": DyingReplica(FakeEngine())}
+    )
+    routed = await setup.collect(request(20))
+    assert tokens_of(routed) == FAKE_TEXT.encode()[:20]
+    assert routed[-1].replica_id == "f"
+
+
+async def test_a_death_after_the_last_token_is_no_loss():
+    class Forgetful(DyingReplica):
+        async def generate(self, request):
+            async for chunk in self.engine.generate(request):
+                yield replace(chunk, finish_reason=None)
+            raise ReplicaUnavailableError("died")
+
+    setup = Setup({"a": Forgetful(FakeEngine()), "b": DyingReplica(FakeEngine())})
+    routed = await setup.collect(request(20))
+    assert tokens_of(routed) == FAKE_TEXT.encode()[:20]
+    assert [one.chunk.finish_reason for one in routed if one.chunk.finish_reason] == ["length"]
+
+
 async def test_a_full_replica_is_passed_over_and_stays_alive():
     full = RefusingReplica(ReplicaBusyError("full"))
     setup = Setup({"a": full, "b": DyingReplica(FakeEngine())}, max_attempts=1, replica_wait_s=0)
@@ -257,7 +308,7 @@ async def test_waits_for_a_replica_to_come_back():
     await asyncio.sleep(0.03)
     setup.router.is_away = False
     setup.replicas["a"].lives_for = None
-    setup.router.router.register("a", "2", 1000)
+    setup.router.router.register(ReplicaInfo("a", "2"))
     routed.append(await rest)
     routed += [one async for one in stream]
     assert tokens_of(routed) == FAKE_TEXT.encode()[:20]
@@ -297,7 +348,7 @@ async def test_the_router_learns_prompt_and_output():
     routed = await setup.collect(request(11))
     sequence = PROMPT + tuple(tokens_of(routed))
     hashes = block_hashes(sequence, TOKENS_PER_BLOCK)
-    known = setup.router.router.route(hashes, len(sequence)).known_tokens
+    known = setup.router.route_now(hashes, len(sequence)).known_tokens
     assert known == (len(sequence) - 1) // TOKENS_PER_BLOCK * TOKENS_PER_BLOCK
 
 
@@ -305,6 +356,6 @@ async def test_nothing_is_learned_from_a_request_that_never_started():
     setup = Setup({"a": DyingReplica(FakeEngine(), 0)}, max_attempts=1)
     with pytest.raises(ReplicaUnavailableError):
         await setup.collect(request())
-    setup.router.router.register("a", "2", 1000)
-    route = setup.router.router.route(block_hashes(PROMPT, TOKENS_PER_BLOCK), len(PROMPT))
+    setup.router.router.register(ReplicaInfo("a", "2"))
+    route = setup.router.route_now(block_hashes(PROMPT, TOKENS_PER_BLOCK), len(PROMPT))
     assert (route.known_tokens, route.shared_tokens) == (0, 0)

@@ -10,6 +10,7 @@ from actors.admission import LOOK_UP_THREADS, MAX_FETCHING, STAGED_BATCHES, Stag
 from actors.config import EngineConfig, ModelSource, ReplicaConfig
 from actors.engine import GenerationRequest, SamplingParams
 from actors.replica import EngineReplica
+from actors.wire.client import WireClient
 from shared_cache.errors import (
     ModelError,
     ReplicaBusyError,
@@ -397,37 +398,25 @@ async def test_an_engine_gets_no_more_threads_than_its_machine_has_cpus(monkeypa
     assert [one.engine.torch_threads for one in seen] == [given]
 
 
-async def test_closing_the_stream_aborts_in_the_engine():
+async def test_another_process_reaches_it_on_its_socket():
     engine = FakeEngine()
     replica = await make_replica(engine)
-    stream = replica.stream(request())
-    await anext(stream)
-    await stream.aclose()
+    address = await replica.listen("127.0.0.1")
+    assert await replica.listen("127.0.0.1") == address
+    client = await WireClient.connect("replica-0", address)
+    alone = await collect((await make_replica(FakeEngine())).generate(request()))
+    assert await collect(client.generate(request())) == alone
+    engine.gate.clear()
+    task = asyncio.create_task(collect(client.generate(request(max_tokens=30))))
+    while not engine.num_running:
+        await asyncio.sleep(0.001)
+    client.close()
+    with pytest.raises(ReplicaUnavailableError):
+        await task
+    while (await replica.stats()).num_outstanding:
+        await asyncio.sleep(0.001)
     assert (engine.num_aborted, engine.num_running) == (1, 0)
-    assert (await replica.stats()).num_outstanding == 0
-
-
-async def test_stream_groups_what_is_ready_and_sends_the_first_at_once():
-    engine = FakeEngine()
-    replica = await make_replica(engine)
-    stream = replica.stream(request(max_tokens=30))
-    groups = [await anext(stream)]
-    await asyncio.sleep(0.05)  # a slow reader: meanwhile the engine goes on
-    groups += await collect(stream)
-    assert len(groups[0]) == 1
-    assert len(groups) < 10
-    alone = await collect((await make_replica(FakeEngine())).generate(request(max_tokens=30)))
-    assert [chunk for group in groups for chunk in group] == alone
-
-
-async def test_errors_come_after_the_chunks_before_them():
-    engine = FakeEngine()
-    replica = await make_replica(engine)
-    stream = replica.stream(request())
-    assert len(await anext(stream)) == 1
-    engine.fail_with = RuntimeError("a bug")
-    with pytest.raises(RuntimeError, match="a bug"):
-        await collect(stream)
+    await replica.close()
 
 
 async def test_requests_of_an_engine_whose_loop_ended_go_on_elsewhere():
@@ -490,9 +479,8 @@ async def test_health_sees_a_loop_that_does_not_move():
 async def test_health_tells_one_process_from_the_next():
     first, second = await make_replica(FakeEngine()), await make_replica(FakeEngine())
     assert first.health().boot_id == first.health().boot_id != second.health().boot_id
-    assert first.health().cache_blocks == 64
-    cached = await make_replica(FakeEngine(cache=FakeCache()))
-    assert cached.health().cache_blocks == 100
+    assert first.health().device_tokens == 64 * TOKENS_PER_BLOCK
+    assert first.health().machine is None, "it uses no arena"
 
 
 async def test_drain_refuses_new_requests_waits_and_flushes():

@@ -1,0 +1,1 @@
+"""A simulator of routing: the router's own policies, costs and bookings, on modelled replicas."""
