@@ -3,64 +3,94 @@
     serve run cluster.app:build config=configs/cpu.yaml
 
 `Driver` owns the cluster, so deleting the application ends every actor of it. `Ingress` holds no
-state worth keeping: it may run several times, and finds router and replicas by name.
+state worth keeping: Serve runs as many as the load wants, and each finds the actors by name.
 """
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from actors.config import ModelSource
-from actors.engine import GenerationRequest, SamplingParams
-from actors.streams import merge
-from cluster import openai_api
+from actors.config import ModelSource, ReplicaConfig
+from actors.engine import Engine
 from cluster.clients import RayRouterClient, connect
-from cluster.config import ClusterConfig, load_config
+from cluster.config import ClusterConfig, ServeConfig, load_config
 from cluster.driver import Cluster
-from cluster.http_stream import Chunks, collect, event_stream
-from cluster.openai_api import Reply
-from cluster.openai_requests import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest
-from cluster.prompts import PromptEncoder
+from cluster.endpoint.access import Access
+from cluster.endpoint.api import create_api
+from cluster.endpoint.keys import KeysDocument, KeysFile, read_keys, with_quotas
+from cluster.endpoint.prompts import PromptEncoder
+from cluster.endpoint.service import Endpoint
 from cluster.ray_metrics import RayMetrics
-from shared_cache.errors import ConfigError, KvcommonsError, ReplicaUnavailableError
-from shared_cache.hashing import ReuseScope
+from shared_cache.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BuildEngine = Callable[[ReplicaConfig], Engine]
 
 STOP_MARGIN_S = 15.0
 """What stopping takes beyond draining; Serve kills what takes longer."""
 
-api = FastAPI(title="kvcommons", description="The OpenAI API over replicas that share one cache")
+SPARE_PLACES = 64
+"""Requests that Serve lets into an ingress beyond those that it serves, to be told no by it."""
+
+NEWS_PERIOD_S = 1.0
+INGRESS_SILENCE_S = 5.0
 
 
-@api.exception_handler(RequestValidationError)
-async def _invalid(_: Request, error: RequestValidationError) -> Response:
-    return JSONResponse(openai_api.invalid(error.errors()), 400)
+@dataclass(frozen=True, slots=True)
+class News:
+    """What an ingress is told now and then; `keys` only where it has another version of them."""
 
-
-@api.exception_handler(Exception)  # the server logs it, and raises it further
-@api.exception_handler(KvcommonsError)
-async def _failed(_: Request, error: Exception) -> Response:
-    status, body = openai_api.failure(error)
-    return JSONResponse(body, status)
+    num_ingress: int
+    keys_version: str
+    keys: KeysDocument | None
 
 
 @serve.deployment(name="Driver", ray_actor_options={"num_cpus": 0})
 class Driver:
     """Owns the cluster: starts it before the endpoint opens, stops it with the application."""
 
-    async def __init__(self, config: ClusterConfig, model: ModelSource) -> None:  # type: ignore[misc]
-        self._cluster = await asyncio.to_thread(Cluster.start, config, model)
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: ClusterConfig,
+        model: ModelSource,
+        keys: KeysDocument | None,
+        build: BuildEngine | None,
+    ) -> None:
+        self._keys = KeysFile(config.serve.keys_file, keys)
+        self._ingresses: dict[str, float] = {}
+        self._cluster = await asyncio.to_thread(Cluster.start, config, model, build)
 
-    async def ready(self) -> None:
-        """Returns when the cluster has started."""
+    async def ready(self) -> int:
+        """The longest prompt plus output that every replica can serve, once all have started."""
+        return self._cluster.max_total_tokens
+
+    async def news(self, ingress_id: str, keys_version: str) -> News:
+        """What is new for an ingress, which shows by asking that it is there."""
+        now_s = time.monotonic()
+        self._ingresses[ingress_id] = now_s
+        self._ingresses = {
+            one: seen_s
+            for one, seen_s in self._ingresses.items()
+            if seen_s > now_s - INGRESS_SILENCE_S
+        }
+        await asyncio.to_thread(self._keys.refresh)
+        version = self._keys.version
+        keys = None if keys_version == version else self._keys.document
+        return News(len(self._ingresses), version, keys)
+
+    async def reason_not_shared(self) -> str | None:
+        """See `Cluster.reason_not_shared`."""
+        return self._cluster.reason_not_shared()
 
     def check_health(self) -> None:
         """Serve restarts this, and with it the cluster, when dead replicas go unnoticed."""
@@ -74,90 +104,89 @@ class Driver:
 
 
 @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0})
-@serve.ingress(api)
+@serve.ingress()
 class Ingress:
     """Takes OpenAI's requests, makes tokens of them, streams the answers."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: ClusterConfig, model: ModelSource, driver: DeploymentHandle
+        self,
+        config: ClusterConfig,
+        model: ModelSource,
+        keys: KeysDocument | None,
+        driver: DeploymentHandle,
     ) -> None:
-        self._default_max_tokens = config.serve.default_max_tokens
-        self._model = model.name
-        self._created = int(time.time())
-        await driver.ready.remote()  # the actors are there from now on
-        self._encoder = await asyncio.to_thread(PromptEncoder, model.path)
-        self._router = RayRouterClient(config.router_name)
-        self._dispatcher = connect(config, RayMetrics())
+        max_total_tokens = await driver.ready.remote()  # the actors are there from now on
+        self._endpoint = Endpoint(
+            model=model.name,
+            config=config.serve,
+            encoder=await asyncio.to_thread(PromptEncoder, model.path),
+            dispatcher=connect(config, RayMetrics()),
+            router=RayRouterClient(config.router_name),
+            access=Access(keys),
+            driver=driver,
+            max_total_tokens=max_total_tokens,
+            metrics_url=_metrics_url(),
+        )
+        self._endpoint.readiness.append(self._reason_not_shared)
+        news = NewsReader(self._endpoint)
+        await news.read()  # `keys` are those of the deployment: some may be revoked since
+        self._news = asyncio.create_task(news.follow())
 
-    @api.get("/health")
-    async def health(self) -> Response:
-        """200 when at least one replica takes requests, else 503."""
+    async def _reason_not_shared(self) -> str | None:
+        """Why canaries say that the replicas do not share, until they have once."""
         try:
-            snapshot = await self._router.snapshot()
-        except ReplicaUnavailableError as error:
-            return JSONResponse({"status": "unavailable", "reason": str(error)}, 503)
-        alive = {one.replica_id: one.alive for one in snapshot.replicas}
-        is_up = any(alive.values())
-        body = {"status": "ok" if is_up else "unavailable", "replicas": alive}
-        return JSONResponse(body, 200 if is_up else 503)
+            reason: str | None = await self._endpoint.driver.reason_not_shared.remote()
+        except RayError as error:
+            return f"the driver does not answer: {type(error).__name__}"
+        return reason
 
-    @api.get("/v1/models")
-    async def models(self) -> Response:
-        """The one model that is served."""
-        return JSONResponse(openai_api.models(self._model, self._created))
+    def __serve_build_asgi_app__(self) -> Any:
+        """What Serve calls with each request."""
+        return create_api(self._endpoint)
 
-    @api.get("/v1/models/{name:path}")
-    async def model(self, name: str) -> Response:
-        """That model, or 404."""
-        if name != self._model:
-            return JSONResponse(openai_api.unknown_model(name, self._model), 404)
-        return JSONResponse(openai_api.model(name, self._created))
 
-    @api.post("/v1/completions")
-    async def completions(self, body: CompletionRequest) -> Response:
-        """Continue one or several prompts."""
-        if body.model != self._model:
-            return JSONResponse(openai_api.unknown_model(body.model, self._model), 404)
-        sampling = body.sampling(body.max_tokens or COMPLETION_MAX_TOKENS)
-        prompts = [await self._tokens(prompt) for prompt in body.prompts]
-        chunks = self._chunks(prompts, sampling, body.scope)
-        reply = Reply.new("cmpl", self._model)
-        if not body.stream:
-            return JSONResponse(reply.completion(await collect(chunks, len(prompts))))
-        usage = reply.completion_usage if body.includes_usage else None
-        return await event_stream(chunks, len(prompts), [], reply.completion_chunk, usage)
+class NewsReader:
+    """Keeps keys and shares of limits of one ingress as the driver tells them."""
 
-    @api.post("/v1/chat/completions")
-    async def chat(self, body: ChatRequest) -> Response:
-        """Answer a conversation."""
-        if body.model != self._model:
-            return JSONResponse(openai_api.unknown_model(body.model, self._model), 404)
-        messages = [message.for_template() for message in body.messages]
-        prompt = await asyncio.to_thread(self._encoder.chat, messages)
-        sampling = body.sampling(body.limit or self._default_max_tokens)
-        chunks = self._chunks([prompt], sampling, body.scope)
-        reply = Reply.new("chatcmpl", self._model)
-        if not body.stream:
-            return JSONResponse(reply.chat(*await collect(chunks, 1)))
-        usage = reply.chat_usage if body.includes_usage else None
-        return await event_stream(chunks, 1, [reply.chat_start()], reply.chat_chunk, usage)
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._ingress_id = uuid.uuid4().hex
+        self._keys_version = ""
 
-    async def _tokens(self, prompt: str | list[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(self._encoder.text, prompt)
-        return tuple(prompt)
+    async def read(self) -> None:
+        """Ask the driver once; raises `RayError` when it does not answer."""
+        access = self._endpoint.access
+        news: News = await self._endpoint.driver.news.remote(self._ingress_id, self._keys_version)
+        access.share_with(news.num_ingress)
+        if news.keys_version != self._keys_version:
+            access.update(news.keys)
+            self._keys_version = news.keys_version
 
-    def _chunks(
-        self, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, scope: ReuseScope
-    ) -> Chunks:
-        requests = [
-            GenerationRequest(uuid.uuid4().hex, prompt, sampling, scope) for prompt in prompts
-        ]
-        return merge([self._dispatcher.generate(request) for request in requests])
+    async def follow(self) -> None:
+        """Ask again and again, whatever fails meanwhile."""
+        while True:
+            await asyncio.sleep(NEWS_PERIOD_S)
+            try:
+                await self.read()
+            except RayError as error:
+                logger.info("no news from the driver: %s", type(error).__name__)
+            except Exception:
+                logger.exception("following the driver's news failed; trying again")
+
+
+def _metrics_url() -> str | None:
+    """Ray's metrics port on this machine."""
+    import ray
+
+    node_id = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return None
 
 
 def build(args: dict[str, str]) -> Application:
-    """The application for `serve run`; `args` is `{"config": PATH}`.
+    """The application for `serve run` and `serve deploy`; `args` is `{"config": PATH}`.
 
     The model is resolved here, once, where a person sees the progress and the errors.
     """
@@ -172,18 +201,42 @@ def build(args: dict[str, str]) -> Application:
     return application(config, resolve_model(config.model))
 
 
-def application(config: ClusterConfig, model: ModelSource) -> Application:
-    """The application for a configuration and a model that are at hand."""
+def application(
+    config: ClusterConfig, model: ModelSource, build: BuildEngine | None = None
+) -> Application:
+    """The application for a configuration and a model that are at hand.
+
+    `build` replaces the engine (for tests and measurements).
+    """
     drain_s = config.lifecycle.drain_timeout_s
+    keys = read_keys(config.serve.keys_file, config.serve.keys_environment)
+    config = with_quotas(config, keys)
     driver: Any = Driver  # the decorators of Serve have no types
     ingress: Any = Ingress
     return ingress.options(
-        num_replicas=config.serve.num_ingress,
-        max_ongoing_requests=config.serve.max_ongoing_requests,
-        max_queued_requests=config.serve.max_queued_requests,
-        graceful_shutdown_timeout_s=drain_s,
+        **_ingress_options(config.serve), graceful_shutdown_timeout_s=drain_s
     ).bind(
         config,
         model,
-        driver.options(graceful_shutdown_timeout_s=drain_s + STOP_MARGIN_S).bind(config, model),
+        keys,
+        driver.options(graceful_shutdown_timeout_s=drain_s + STOP_MARGIN_S).bind(
+            config, model, keys, build
+        ),
     )
+
+
+def _ingress_options(config: ServeConfig) -> dict[str, Any]:
+    """Serve's limits: wide enough that an ingress itself says no, and when to come again."""
+    scale = config.ingress
+    options: dict[str, Any] = {
+        "max_ongoing_requests": config.max_places + SPARE_PLACES,
+        "max_queued_requests": config.max_queued_requests,
+    }
+    if scale.min == scale.max:
+        return {**options, "num_replicas": scale.min}
+    autoscaling = {
+        "min_replicas": scale.min,
+        "max_replicas": scale.max,
+        "target_ongoing_requests": scale.target_requests,
+    }
+    return {**options, "autoscaling_config": autoscaling}

@@ -9,12 +9,15 @@ an owner that could not start once and is never tried again.
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.cache_changes import CacheTier, Cursor, TierChanges
+from actors.cache_reports import arena_changes
 from cluster.clients import RAY_NAMESPACE, raise_as_ours
 from cluster.config import ClusterConfig
 from shared_cache.config import CacheConfig, HostConfig
@@ -52,6 +55,11 @@ class OwnerActor:
         """Returns when clients can connect; raises why they cannot."""
         if self._problem is not None:
             raise self._problem
+
+    async def cache_changes(self, read: Mapping[CacheTier, Cursor]) -> tuple[TierChanges, ...]:
+        """What the arena got and lost behind what was `read`, and what came to the shared tier."""
+        news = self._owner.news
+        return () if news is None else await arena_changes(news, read)
 
     async def stop(self) -> None:
         """End the arena, if it is ours, and give its memory back."""
@@ -93,6 +101,11 @@ class ArenaOwners:
         self._calls: dict[str, Any] = {}
         self._problems: dict[str, str] = {}
         self._start_again_s: dict[str, float] = {}
+
+    @property
+    def handles(self) -> dict[str, Any]:
+        """The actors by machine."""
+        return dict(self._actors)
 
     @property
     def names(self) -> set[str]:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import ray
 from rich.console import Console
 
-from actors.replica import ReplicaStats
-from cluster import cache_cli, doctor
+from actors.replica_health import ReplicaStats
+from cluster import cache_cli, doctor, keys_cli
 from cluster.clients import NamedActor, RayRouterClient
 from cluster.config import ClusterConfig, load_config
 from cluster.ray_session import attach_ray
@@ -41,11 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     text = "look at a store and look after it"
     cache_cli.add_commands(commands.add_parser("cache", help=text, description=text))
+    text = "make and revoke API keys"
+    keys_cli.add_commands(commands.add_parser("keys", help=text, description=text))
     text = "look at what an engine needs on this machine"
     doctor.add_arguments(commands.add_parser("doctor", help=text, description=text))
     parsed = parser.parse_args(arguments)
     if parsed.command == "cache":
         return cache_cli.run(parsed)
+    if parsed.command == "keys":
+        return keys_cli.run(parsed)
     try:
         if parsed.command == "doctor":
             return doctor.run(parsed)
@@ -63,6 +67,7 @@ def up(config: ClusterConfig) -> int:
     from ray.serve.config import HTTPOptions
 
     from cluster.app import application
+    from cluster.dashboard_files import install_dashboard
     from cluster.models import resolve_model
 
     model = resolve_model(config.model)
@@ -76,6 +81,9 @@ def up(config: ClusterConfig) -> int:
         )
     serve.start(http_options=HTTPOptions(host=config.serve.host, port=config.serve.port))
     serve.run(application(config, model), name=config.name)
+    dashboard = install_dashboard()
+    if dashboard is not None:
+        print(f"the dashboard for Grafana is beside Ray's own ones: {dashboard}")
     print(f"{model.name} is served at http://{config.serve.host}:{config.serve.port}/v1")
     return 0
 

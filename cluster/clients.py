@@ -4,21 +4,30 @@ A handle stays bound to the actor it was made for, so it is looked up again by n
 failure; and Ray's errors become ours, so that a caller needs to know only `shared_cache.errors`.
 """
 
-from collections.abc import AsyncGenerator, Collection, Sequence
-from typing import Any, NoReturn
+import asyncio
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, NoReturn, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.dispatch import Dispatcher
-from actors.engine import GenerationRequest, Receipt, TokenChunk
+from actors.engine import Engine
 from actors.metrics import Metrics
-from actors.router import Route, RouterSnapshot
+from actors.request_log import RequestLog
+from actors.router_client import BatchingRouterClient
+from actors.router_messages import Batch, Reply
+from actors.router_snapshot import RouterSnapshot
+from actors.wire.client import WireReplica
+from actors.wire.server import Address
 from cluster.config import ClusterConfig
 from shared_cache.errors import KvcommonsError, ReplicaUnavailableError
-from shared_cache.hashing import BlockHash
+
+T = TypeVar("T")
 
 RAY_NAMESPACE = "kvcommons"
+
+ADDRESS_TIMEOUT_S = 10.0
 
 
 def raise_as_ours(error: RayError, who: str) -> NoReturn:
@@ -40,6 +49,8 @@ class NamedActor:
 
     def handle(self) -> Any:
         """The handle; raises `ReplicaUnavailableError` when there is no such actor now."""
+        if not ray.is_initialized():  # asked, Ray would start a new one
+            raise ReplicaUnavailableError(f"{self.name} is away: this process has left Ray")
         if self._handle is None:
             try:
                 self._handle = ray.get_actor(self.name, namespace=RAY_NAMESPACE)
@@ -55,21 +66,17 @@ class NamedActor:
 
 
 class RayRouterClient:
-    """A `RouterClient` for the router actor of that name."""
+    """The router actor of that name."""
 
     def __init__(self, name: str) -> None:
         self._actor = NamedActor(name)
 
-    async def route(
-        self, hashes: Sequence[BlockHash], num_prompt_tokens: int, avoid: Collection[str] = ()
-    ) -> Route | None:
-        """See `RouterClient.route`."""
-        try:
-            call = self._actor.handle().route.remote(hashes, num_prompt_tokens, avoid)
-            route: Route | None = await call
-        except RayError as error:
-            self._actor.failed(error)
-        return route
+    def send(self, batch: Batch) -> Awaitable[Reply]:
+        """See `Router.serve`; it is on its way at once, whether anybody waits for the reply or not.
+
+        Both raise `ReplicaUnavailableError` while the router is away.
+        """
+        return _Answer(self._actor, self._actor.handle().serve.remote(batch))
 
     async def snapshot(self) -> RouterSnapshot:
         """See `Router.snapshot`; raises `ReplicaUnavailableError` while the router is away."""
@@ -79,60 +86,91 @@ class RayRouterClient:
             self._actor.failed(error)
         return snapshot
 
-    def first_token(self, reservation_id: int, receipt: Receipt) -> None:
-        """See `RouterClient.first_token`."""
-        self._tell("first_token", reservation_id, receipt)
 
-    def finished(self, reservation_id: int, hashes: Sequence[BlockHash]) -> None:
-        """See `RouterClient.finished`."""
-        self._tell("finished", reservation_id, hashes)
+class _Answer:
+    """The reply to a call, with Ray's errors as ours."""
 
-    def mark_dead(self, replica_id: str, boot_id: str) -> None:
-        """See `RouterClient.mark_dead`."""
-        self._tell("mark_dead", replica_id, boot_id)
+    def __init__(self, actor: NamedActor, call: Any) -> None:
+        self._actor = actor
+        self._call = call
 
-    def _tell(self, method: str, *arguments: object) -> None:
-        """Send without waiting; a router that is away starts with empty books anyway."""
+    def __await__(self) -> Generator[Any, None, Reply]:
+        return self._reply().__await__()
+
+    async def _reply(self) -> Reply:
         try:
-            getattr(self._actor.handle(), method).remote(*arguments)
-        except ReplicaUnavailableError:
-            return
+            reply: Reply = await self._call
+        except RayError as error:
+            self._actor.failed(error)
+        return reply
 
 
-class RayReplicaClient:
-    """A `ReplicaClient` for the replica actor of that name."""
+class ReplicaAddress:
+    """Where the replica actor of that name listens: Ray tells, requests and tokens go directly."""
 
     def __init__(self, name: str) -> None:
         self._actor = NamedActor(name)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """See `EngineReplica.generate`."""
-        stream = self._actor.handle().stream.options(num_returns="streaming").remote(request)
-        has_ended = False
+    async def find(self) -> Address:
+        """The address of its process now; raises `ReplicaUnavailableError`."""
         try:
-            async for message in stream:
-                for chunk in await message:
-                    yield chunk
-            has_ended = True
+            asked = self._actor.handle().address.remote()
+            address: Address = await asyncio.wait_for(asked, ADDRESS_TIMEOUT_S)
         except RayError as error:
-            has_ended = True
             self._actor.failed(error)
-        finally:
-            if not has_ended:
-                ray.cancel(stream)  # dropping the stream would leave the request running
+        except asyncio.TimeoutError as error:
+            text = f"{self._actor.name} does not tell where it listens"
+            raise ReplicaUnavailableError(text) from error
+        return address
+
+
+class RayReplica(WireReplica):
+    """The replica actor of that name, as `Asks` has it; for one event loop."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, ReplicaAddress(name).find)
+        self._actor = NamedActor(name)
+
+    async def ask(self, question: Callable[[Engine], T]) -> T:
+        """See `EngineReplica.ask`."""
+        answer: T = await self._call("ask", question)
+        return answer
+
+    async def traces(self, question: Callable[[RequestLog], T]) -> T:
+        """See `EngineReplica.traces`."""
+        answer: T = await self._call("traces", question)
+        return answer
+
+    async def flush(self, timeout_s: float) -> bool:
+        """See `EngineReplica.flush`."""
+        return bool(await self._call("flush", timeout_s))
+
+    async def _call(self, method: str, argument: object) -> Any:
+        try:
+            return await getattr(self._actor.handle(), method).remote(argument)
+        except RayError as error:
+            self._actor.failed(error)
 
 
 def connect(config: ClusterConfig, metrics: Metrics | None = None) -> Dispatcher:
     """A dispatcher for the running cluster of that name; use it in one event loop only."""
-    clients: dict[str, RayReplicaClient] = {}
+    clients: dict[str, WireReplica] = {}
 
-    def client(replica_id: str) -> RayReplicaClient:
-        return clients.setdefault(replica_id, RayReplicaClient(replica_id))
+    def client(replica_id: str) -> WireReplica:
+        if replica_id not in clients:
+            clients[replica_id] = WireReplica(replica_id, ReplicaAddress(replica_id).find)
+        return clients[replica_id]
 
+    tokens_per_block = config.engine.kv_cache_config.tokens_per_block
+    router = BatchingRouterClient(
+        RayRouterClient(config.router_name).send,
+        config.router.stride(tokens_per_block),
+        config.router.fallback_after_s,
+    )
     return Dispatcher(
-        RayRouterClient(config.router_name),
+        router,
         client,
-        config.engine.kv_cache_config.tokens_per_block,
+        tokens_per_block,
         config.dispatch,
         metrics,
     )

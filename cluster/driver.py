@@ -6,76 +6,60 @@ leaves nothing behind in a Ray that others use too.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 
-from actors import replica
-from actors.config import ModelSource, ReplicaConfig
+from actors.canary import CanaryReport
+from actors.config import ModelSource
 from actors.dispatch import Dispatcher
-from actors.engine import Engine
 from actors.metrics import Metrics
-from actors.replica import ReplicaHealth, ReplicaStats
-from actors.router import Router, RouterSnapshot
+from actors.replica_health import ReplicaHealth, ReplicaStats
+from actors.router_snapshot import RouterSnapshot
 from cluster.arena_owners import ArenaOwners
-from cluster.clients import RAY_NAMESPACE, connect, raise_as_ours
+from cluster.canaries import Canaries
+from cluster.clients import RAY_NAMESPACE, connect
 from cluster.config import ClusterConfig
+from cluster.event_feeds import EventFeeds
+from cluster.figures import Figure, canary_figures, figure, replica_figures, router_figures
+from cluster.ray_metrics import Reporter
 from cluster.ray_resources import await_resources
 from cluster.ray_session import join_ray
-from cluster.watch import Watcher
-from shared_cache.errors import ConfigError, KvcommonsError
+from cluster.replica_actors import SNAPSHOT_TIMEOUT_S, Build, ReplicaActors, answer, await_gone
+from cluster.router_actor import RouterActor
+from cluster.scaler import ScalerThread
+from cluster.watch import Watcher, replica_info
+from shared_cache.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-CONTROL_CALLS = 8
-"""Control calls that one replica takes at a time, however many streams it has."""
-
-SPARE_STREAMS = 64
-"""Streams beyond those that a replica takes, so that it can say so to the others."""
-
-SNAPSHOT_TIMEOUT_S = 10.0
-CLOSE_ENGINES_TIMEOUT_S = 150.0
-"""Longest wait for engines to shut down and for their GPU memory to get free."""
-
-
-class EngineReplica(replica.EngineReplica):
-    """A replica as an actor. Ray runs its control calls apart from the streams.
-
-    In one group, as many streams as the group takes would keep `health` from answering, and the
-    watcher would restart a replica for being busy.
-    """
-
-    ready = ray.method(concurrency_group="control")(replica.EngineReplica.ready)
-    health = ray.method(concurrency_group="control")(replica.EngineReplica.health)
-    stats = ray.method(concurrency_group="control")(replica.EngineReplica.stats)
-    drain = ray.method(concurrency_group="control")(replica.EngineReplica.drain)
-    flush = ray.method(concurrency_group="control")(replica.EngineReplica.flush)
-    close = ray.method(concurrency_group="control")(replica.EngineReplica.close)
-    cache_changes = ray.method(concurrency_group="control")(replica.EngineReplica.cache_changes)
 
 
 class Cluster:
     """A running cluster. Make one with `start`; `stop` it, or use it as a context manager."""
 
-    def __init__(self, config: ClusterConfig, model: ModelSource, owns_ray: bool) -> None:
+    def __init__(
+        self, config: ClusterConfig, model: ModelSource, build: Build | None, owns_ray: bool
+    ) -> None:
         self.config = config
         self.model = model
-        self.health: dict[str, ReplicaHealth] = {}
         self._owns_ray = owns_ray
         self._router: Any = None
-        self._replicas: dict[str, Any] = {}
+        self._replicas = ReplicaActors(config, model, build)
         self._arenas = ArenaOwners(config)
         self._watcher: Watcher | None = None
+        self._scaler: ScalerThread | None = None
+        self._canaries = Canaries(self._shared_names, config.doctor.period_s or 0.0)
+        self._feeds: EventFeeds | None = None
+        self._reporter = Reporter(self._figures, config.lifecycle.metrics_period_s)
 
     @classmethod
     def start(
         cls,
         config: ClusterConfig,
         model: ModelSource | None = None,
-        build: Callable[[ReplicaConfig], Engine] | None = None,
+        build: Build | None = None,
     ) -> "Cluster":
         """A cluster whose replicas are all ready, in the Ray that runs here, or else in its own.
 
@@ -86,9 +70,9 @@ class Cluster:
             from cluster.models import resolve_model
 
             model = resolve_model(config.model)
-        cluster = cls(config, model, owns_ray=join_ray())
+        cluster = cls(config, model, build, owns_ray=join_ray())
         try:
-            cluster._launch(build)
+            cluster._launch()
         except BaseException:
             cluster.stop(drain_timeout_s=0)
             raise
@@ -99,15 +83,18 @@ class Cluster:
         return connect(self.config, metrics)
 
     @property
+    def health(self) -> dict[str, ReplicaHealth]:
+        """Each replica as it was when it got ready."""
+        return self._replicas.health
+
+    @property
     def max_total_tokens(self) -> int:
         """The longest prompt plus output that every replica can serve."""
         return min(health.max_total_tokens for health in self.health.values())
 
     def stats(self) -> dict[str, ReplicaStats | None]:
         """A snapshot of each replica; None for one that does not answer."""
-        calls = {name: handle.stats.remote() for name, handle in self._replicas.items()}
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=SNAPSHOT_TIMEOUT_S)
-        return {name: _answer(call) for name, call in calls.items()}
+        return self._replicas.stats()
 
     def router(self) -> RouterSnapshot:
         """What the router believes now."""
@@ -120,25 +107,48 @@ class Cluster:
         """Whether dead replicas are still noticed."""
         return self._watcher is not None and self._watcher.is_alive()
 
+    def canaries(self, *, again: bool = False) -> CanaryReport | None:
+        """What the last round of canaries showed; None before the first one.
+
+        `again`: begin another one.
+        """
+        if again:
+            self._canaries.again()
+        return self._canaries.report
+
+    def reason_not_shared(self) -> str | None:
+        """Why the endpoint should get no requests yet, as far as canaries tell; or None."""
+        doctor, report = self.config.doctor, self._canaries.report
+        is_off = doctor.period_s is None or self.config.cache is None or not doctor.required
+        if is_off or self._canaries.has_passed:
+            return None
+        if report is None:
+            return "the first round of canaries through the replicas has not ended yet"
+        return "; ".join(f"{one.name}: {one.text}" for one in report.failures)
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until every saved block is in the shared tier; False when time ran out."""
-        calls = [handle.flush.remote(timeout_s) for handle in self._replicas.values()]
-        return all(ray.get(calls))
+        return self._replicas.flush(timeout_s)
 
     def stop(self, drain_timeout_s: float | None = None) -> None:
         """Let running requests end, write queued saves, end all actors; a second stop is a no-op.
 
         Waits for that at most `drain_timeout_s` (default: the configured one).
         """
+        self._canaries.stop()
+        if self._scaler is not None:
+            self._scaler.stop()
+        self._reporter.stop()
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
+        if self._feeds is not None:
+            self._feeds.stop()
+            self._feeds = None
         if drain_timeout_s is None:
             drain_timeout_s = self.config.lifecycle.drain_timeout_s
         if ray.is_initialized():
-            self._drain(drain_timeout_s)
-            self._close_engines()
-            self._kill()
+            self._end_actors(drain_timeout_s)
             if self._owns_ray:
                 ray.shutdown()
         self._owns_ray = False
@@ -154,132 +164,90 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    def _launch(self, build: Callable[[ReplicaConfig], Engine] | None) -> None:
+    def _launch(self) -> None:
         cpus = await_resources(self.config)  # of all machines; a replica heeds its own's too
-        threads = self.config.engine.torch_threads or max(1, int(cpus) // self.config.replicas)
+        threads = self.config.engine.torch_threads or max(1, int(cpus) // self.config.max_replicas)
         try:
             self._router = self._start_router()
             self._arenas.ensure()
             self._arenas.await_ready(self.config.lifecycle.startup_timeout_s)
             for name in self.config.replica_names:
-                self._replicas[name] = self._start_replica(name, threads, build)
+                self._replicas.start(name, threads)
         except ValueError as error:  # Ray's word for a name that is taken
             raise ConfigError(
                 f"{error}; another cluster of the name {self.config.name!r} runs in this Ray: "
                 "stop it (`python -m cluster.cli down`), or set another `name`"
             ) from error
-        self._await_ready()
+        self._replicas.await_ready(self.config.replica_names)
+        for name in self.config.replica_names:
+            self._replicas.route_to(name)
+        infos = [replica_info(health) for health in self.health.values()]
+        ray.get([self._router.register.remote(info) for info in infos])
         self._watcher = Watcher(
             self._router,
-            self._replicas,
+            lambda: self._replicas.routed,
             self.config.lifecycle,
             self._arenas.ensure,
-            tells_changes=self.config.engine.kind == "trtllm",
         )
         self._watcher.tick()
         self._watcher.start()
+        self._feeds = EventFeeds(
+            self._router,
+            lambda: self._replicas.routed,
+            lambda: self._arenas.handles,
+            self.config.router.events_period_s,
+        )
+        self._feeds.start()
+        self._reporter.start()
+        if self.config.cache is not None and self.config.doctor.period_s is not None:
+            self._canaries.start()
+        self._scaler = ScalerThread(self.config, self._replicas, threads, self._forget)
+        self._scaler.start()
+
+    def _forget(self, name: str) -> None:
+        """Tell the router that a replica will not come back."""
+        ray.get(self._router.unregister.remote(name), timeout=SNAPSHOT_TIMEOUT_S)
 
     def _start_router(self) -> Any:
         shares = self.config.cache is not None and bool(self.config.cache.all_tiers)
-        actor = ray.remote(Router).options(
+        kv_cache = self.config.engine.kv_cache_config
+        actor = ray.remote(RouterActor).options(
             name=self.config.router_name, namespace=RAY_NAMESPACE, num_cpus=0, max_restarts=-1
         )
         return actor.remote(
-            self.config.router, self.config.engine.kv_cache_config.tokens_per_block, shares
+            self.config.router, kv_cache.tokens_per_block, shares, kv_cache.enable_block_reuse
         )
 
-    def _start_replica(
-        self, name: str, threads: int, build: Callable[[ReplicaConfig], Engine] | None
-    ) -> Any:
-        config = self.config
-        actor = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(EngineReplica).options(
-            name=name,
-            namespace=RAY_NAMESPACE,
-            num_cpus=config.num_cpus_per_replica,
-            num_gpus=config.gpus_per_replica,
-            max_restarts=-1,
-            max_concurrency=config.engine.max_outstanding + SPARE_STREAMS,
-            # Ray sets OMP_NUM_THREADS to num_cpus, which is for scheduling, not for speed.
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        )
-        replica_config = ReplicaConfig(
-            name=name,
-            model=self.model,
-            engine=config.engine.model_copy(update={"torch_threads": threads}),
-            cache=config.replica_cache,
-        )
-        return actor.remote(replica_config, build, config.lifecycle.stall_timeout_s)
+    def _shared_names(self) -> list[str]:
+        """The replicas that canaries go through."""
+        return list(self._replicas.routed)
 
-    def _await_ready(self) -> None:
-        """Wait for all replicas, which load in parallel; the first failure ends the wait."""
-        calls = {handle.ready.remote(): name for name, handle in self._replicas.items()}
-        deadline_s = time.monotonic() + self.config.lifecycle.startup_timeout_s
-        while calls:
-            left_s = deadline_s - time.monotonic()
-            done, _ = ray.wait(list(calls), num_returns=1, timeout=max(0.0, left_s))
-            if not done:
-                raise KvcommonsError(self._late(sorted(calls.values())))
-            name = calls.pop(done[0])
-            try:
-                self.health[name] = ray.get(done[0])
-            except RayError as error:
-                raise_as_ours(error, name)
+    def _figures(self) -> Iterator[Figure]:
+        """What goes to the metrics now."""
+        stats = self.stats()
+        for name, one in stats.items():
+            yield from replica_figures(name, one)
+        num_ready = sum(one is not None and one.health.state == "ready" for one in stats.values())
+        yield figure("replicas", num_ready, count="ready")
+        yield figure("replicas", len(stats), count="wanted")
+        yield figure("replicas", self.config.min_replicas, count="min")
+        yield figure("replicas", self.config.max_replicas, count="max")
+        call = self._router.snapshot.remote()
+        ray.wait([call], timeout=SNAPSHOT_TIMEOUT_S)
+        snapshot = answer(call)
+        if snapshot is not None:
+            yield from router_figures(snapshot)
+        if self._canaries.report is not None:
+            yield from canary_figures(self._canaries.report, time.time())
 
-    def _late(self, names: list[str]) -> str:
-        return (
-            f"{', '.join(names)} did not get ready within lifecycle.startup_timeout_s = "
-            f"{self.config.lifecycle.startup_timeout_s:g} s; allow more time for loading the "
-            "model, or look into the logs of these actors on Ray's dashboard"
-        )
-
-    def _drain(self, timeout_s: float) -> None:
-        if timeout_s <= 0 or not self._replicas:
-            return
-        calls = {handle.drain.remote(timeout_s): name for name, handle in self._replicas.items()}
-        ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s + 5)
-        for call, name in calls.items():
-            if _answer(call) is not True:
-                logger.warning("%s was not drained within %g s", name, timeout_s)
-
-    def _close_engines(self) -> None:
-        """Let those engines end by themselves that have processes of their own: a kill misses them.
-
-        Else their ranks would keep the GPUs' memory from whatever is started next.
-        """
-        if self.config.engine.kind != "trtllm":
-            return
-        calls = {handle.close.remote(): name for name, handle in self._replicas.items()}
-        if calls:
-            ray.wait(list(calls), num_returns=len(calls), timeout=CLOSE_ENGINES_TIMEOUT_S)
-        for call, name in calls.items():
-            try:
-                ray.get(call, timeout=0)
-            except (RayError, GetTimeoutError) as error:  # noqa: PERF203  # each by itself
-                logger.warning("the engine of %s did not end well: %s", name, error)
-
-    def _kill(self) -> None:
+    def _end_actors(self, drain_timeout_s: float) -> None:
         """End all actors and wait until their names are free again."""
-        names = {*self._replicas, *self._arenas.names}
-        for handle in (*self._replicas.values(), self._router):
-            if handle is not None:
-                ray.kill(handle, no_restart=True)
+        names = {*self._replicas.handles, *self._arenas.names}
+        self._replicas.drain(list(self._replicas.handles), drain_timeout_s)
+        self._replicas.end(list(self._replicas.handles))
         if self._router is not None:
+            ray.kill(self._router, no_restart=True)
             names.add(self.config.router_name)
+        self._router = None
         self._arenas.stop()
-        deadline_s = time.monotonic() + SNAPSHOT_TIMEOUT_S
-        while names.intersection(_running_names()) and time.monotonic() < deadline_s:
-            time.sleep(0.02)
-        self._replicas, self._router = {}, None
-
-
-def _running_names() -> set[str]:
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return {one["name"] for one in actors if one["namespace"] == RAY_NAMESPACE}
-
-
-def _answer(call: Any) -> Any:
-    """The result of a call if it is there; None if it failed or is not."""
-    try:
-        return ray.get(call, timeout=0)
-    except (RayError, GetTimeoutError):
-        return None
+        await_gone(names)

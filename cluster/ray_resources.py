@@ -25,14 +25,15 @@ def await_resources(config: ClusterConfig) -> float:
         _check_machines(config)
         _await_free(
             "GPU",
-            config.replicas * config.gpus_per_replica,
-            f"{config.replicas} replicas with {config.gpus_per_replica:g} GPUs each",
+            config.min_replicas * config.gpus_per_replica,
+            f"{config.min_replicas} replicas with {config.gpus_per_replica:g} GPUs each",
             "or lower `replicas`",
         )
     return _await_free(
         "CPU",
-        config.replicas * config.num_cpus_per_replica,
-        f"{config.replicas} replicas with num_cpus_per_replica: {config.num_cpus_per_replica:g}",
+        config.min_replicas * config.num_cpus_per_replica,
+        f"{config.min_replicas} replicas with num_cpus_per_replica: "
+        f"{config.num_cpus_per_replica:g}",
         "or lower `replicas` or `num_cpus_per_replica` (0.5 is fine: it only schedules)",
     )
 
@@ -40,10 +41,10 @@ def await_resources(config: ClusterConfig) -> float:
 def _check_machines(config: ClusterConfig) -> None:
     machines = [one["Resources"].get("GPU", 0.0) for one in ray.nodes() if one["Alive"]]
     places = int(sum(gpus // config.gpus_per_replica for gpus in machines))
-    if places < config.replicas:
+    if places < config.min_replicas:
         found = ", ".join(f"{gpus:g}" for gpus in machines) or "none"
         raise ConfigError(
-            f"{config.replicas} replicas need {config.gpus_per_replica:g} GPUs each on one "
+            f"{config.min_replicas} replicas need {config.gpus_per_replica:g} GPUs each on one "
             f"machine, and Ray's machines have {found}: {places} fit. Lower `replicas` or "
             "`engine.tensor_parallel_size`, add machines, or check with `ray status` that Ray sees "
             "the GPUs (`ray start --num-gpus` sets them by hand)"

@@ -15,7 +15,10 @@ import ray
 
 from shared_cache.errors import ConfigError
 
-_QUIET_ENVIRONMENT = {
+_ENVIRONMENT = {
+    # Serve gives its HTTP proxy 5 s to come up, then kills it, and `serve.run` fails with it: too
+    # few where engines that load their models take all cores.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else: a FutureWarning for each actor without GPU
     "TOKENIZERS_PARALLELISM": "false",  # else: a warning when a process forks
 }
@@ -44,8 +47,7 @@ def attach_ray() -> bool:
     """
     if ray.is_initialized():
         return True
-    for name, value in _QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     if not os.environ.get("RAY_ADDRESS") and not _is_started():
         return False
     try:
@@ -59,6 +61,12 @@ def attach_ray() -> bool:
             "~/.ray/auth_token, and RAY_AUTH_MODE=token together with RAY_ADDRESS"
         ) from error
     return True
+
+
+def set_environment() -> None:
+    """Settings of Ray that it takes from the environment when it starts; what is set stays."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _is_started() -> bool:

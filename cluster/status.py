@@ -12,11 +12,14 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from actors.replica import ReplicaStats
-from actors.router import RouterSnapshot
+from actors.replica_health import ReplicaStats
+from actors.router_snapshot import RouterSnapshot
 
 AWAY = "away"
 """The state of a replica that does not answer."""
+
+BY_LOAD = ",\nby load"
+"""After the state of a replica whose cache the router does not believe in for now."""
 
 NONE = "-"
 
@@ -39,7 +42,10 @@ def as_table(snapshot: RouterSnapshot, stats: Mapping[str, ReplicaStats | None])
     for column in COLUMNS:
         table.add_column(column, no_wrap=True)
     for one in snapshot.replicas:
-        table.add_row(one.replica_id, *_row(one.num_routed, stats[one.replica_id]))
+        state, *rest = _row(one.num_routed, stats[one.replica_id])
+        if one.accuracy.is_load_only:
+            state += BY_LOAD
+        table.add_row(one.replica_id, state, *rest)
     return table
 
 

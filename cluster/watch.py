@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
-from actors.replica import ReplicaHealth
+from actors.replica_health import ReplicaHealth
+from actors.router_messages import ReplicaInfo
 from cluster.config import LifecycleConfig
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Action:
 
     verb: Literal["register", "mark_dead", "restart"]
     boot_id: str
-    cache_blocks: int = 0
+    info: ReplicaInfo | None = None
 
 
 class ReplicaWatch:
@@ -49,7 +50,7 @@ class ReplicaWatch:
             actions.append(Action("mark_dead", self._boot_id))
         self._boot_id, self._heard_s = health.boot_id, now_s
         if health.state == "ready":
-            return [*actions, Action("register", health.boot_id, health.cache_blocks)]
+            return [*actions, Action("register", health.boot_id, replica_info(health))]
         actions.append(Action("mark_dead", health.boot_id))
         if health.state in ("failed", "stalled"):
             logger.warning("%s is %s: %s", health.name, health.state, health.reason)
@@ -57,7 +58,7 @@ class ReplicaWatch:
         return actions
 
     def on_silence(self, now_s: float) -> list[Action]:
-        """The replica has not answered yet."""
+        """The replica has not answered yet, or with an error only."""
         silent_s = now_s - self._heard_s
         if silent_s >= self._lifecycle.restart_timeout_s:
             return [Action("mark_dead", self._boot_id), *self._restart(now_s)]
@@ -79,8 +80,8 @@ class ReplicaWatch:
 class Watcher:
     """A thread that keeps the router's list of replicas true; `stop` ends it.
 
-    `also` is called every period too: what else has to be kept true. `tells_changes`: engines know
-    what their pools hold, and the router is told every period.
+    `replicas` gives those that are to be routed to, which may change.
+    `also` is called every period too: what else has to be kept true.
 
     Every period each replica is asked for its health. Registering again is a no-op for the router,
     so one that was restarted, or that was told a false alarm, knows the replicas again at once.
@@ -89,18 +90,16 @@ class Watcher:
     def __init__(
         self,
         router: Any,
-        replicas: Mapping[str, Any],
+        replicas: Callable[[], Mapping[str, Any]],
         lifecycle: LifecycleConfig,
         also: Callable[[], None] = lambda: None,
-        tells_changes: bool = False,
     ) -> None:
-        now_s = time.monotonic()
         self._router = router
         self._replicas = replicas
         self._also = also
-        self._changes = _Changes(router, replicas if tells_changes else {})
         self._period_s = lifecycle.health_period_s
-        self._watches = {name: ReplicaWatch(lifecycle, now_s) for name in replicas}
+        self._lifecycle = lifecycle
+        self._watches: dict[str, ReplicaWatch] = {}
         self._asked: dict[Any, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvcommons-watcher", daemon=True)
@@ -121,18 +120,22 @@ class Watcher:
 
     def tick(self) -> None:
         """Ask every replica that owes no answer, wait one period, act on what is known."""
-        owing = set(self._asked.values())
-        for name, handle in self._replicas.items():
+        owing, replicas = set(self._asked.values()), self._replicas()
+        self._watches = {
+            name: self._watches.get(name) or ReplicaWatch(self._lifecycle, time.monotonic())
+            for name in replicas
+        }
+        for name, handle in replicas.items():
             if name not in owing:
                 self._asked[handle.health.remote()] = name
         answered, _ = ray.wait(
             list(self._asked), num_returns=len(self._asked), timeout=self._period_s
         )
-        self._changes.tell()
         for call in answered:
             self._act(self._asked.pop(call), call)
         for name in self._asked.values():
-            self._carry_out(name, self._watches[name].on_silence(time.monotonic()))
+            if name in self._watches:
+                self._carry_out(name, self._watches[name].on_silence(time.monotonic()))
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -148,55 +151,34 @@ class Watcher:
             logger.exception("%s failed; trying again", what)
 
     def _act(self, name: str, call: Any) -> None:
-        watch, now_s = self._watches[name], time.monotonic()
+        watch, now_s = self._watches.get(name), time.monotonic()
+        if watch is None or name not in self._replicas():  # it was removed meanwhile
+            return
         try:
             health = ray.get(call)
-        except RayError as error:
+        except RayActorError as error:
             logger.info("%s did not answer: %s", name, type(error).__name__)
             self._carry_out(name, watch.on_loss())
+            return
+        except RayError as error:  # its process lives, so Ray will not restart it
+            logger.warning("%s cannot tell its health: %s", name, error)
+            self._carry_out(name, watch.on_silence(now_s))
             return
         self._carry_out(name, watch.on_health(health, now_s))
 
     def _carry_out(self, name: str, actions: list[Action]) -> None:
         for action in actions:
             if action.verb == "register":
-                self._router.register.remote(name, action.boot_id, action.cache_blocks)
-                self._changes.ask(name, action.boot_id)
+                self._router.register.remote(action.info)
             elif action.verb == "mark_dead":
                 self._router.mark_dead.remote(name, action.boot_id)
             else:
                 logger.warning("restarting %s", name)
-                ray.kill(self._replicas[name], no_restart=False)
+                handle = self._replicas().get(name)
+                if handle is not None:
+                    ray.kill(handle, no_restart=False)
 
 
-class _Changes:
-    """Carries what engines' pools got and lost to the router.
-
-    Only what has arrived is handed on: a call of the router that waited for a replica's answer
-    would hold up all later ones, among them that this replica is dead.
-    """
-
-    def __init__(self, router: Any, replicas: Mapping[str, Any]) -> None:
-        self._router = router
-        self._replicas = replicas
-        self._asked: dict[Any, tuple[str, str]] = {}
-
-    def ask(self, name: str, boot_id: str) -> None:
-        """Ask a replica, unless it still owes an answer."""
-        if name in self._replicas and all(name != asked for asked, _ in self._asked.values()):
-            self._asked[self._replicas[name].cache_changes.remote()] = (name, boot_id)
-
-    def tell(self) -> None:
-        """Tell the router what has been answered; never waits."""
-        if not self._asked:
-            return
-        calls = list(self._asked)
-        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        for call in answered:
-            name, boot_id = self._asked.pop(call)
-            try:
-                changes = ray.get(call)
-            except RayError:  # it died, or its engine did not answer: the watch sees to that
-                continue
-            if changes:
-                self._router.cache_changed.remote(name, boot_id, changes)
+def replica_info(health: ReplicaHealth) -> ReplicaInfo:
+    """What the router has to know of a replica that is ready."""
+    return ReplicaInfo(health.name, health.boot_id, health.machine, health.device_tokens)

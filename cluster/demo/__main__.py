@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from actors.router import RouterConfig
+from actors.router_config import RouterConfig
 from cluster.config import ClusterConfig, load_config
 from cluster.demo.console import Screen
 from cluster.demo.load import run_load
@@ -51,13 +51,30 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--model", help="alias, folder or hub id; overrides the configuration")
     add("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     add("--report-dir", type=Path, default=Path("report"), help="for charts (default: report)")
-    add("--router", choices=POLICIES, help="routing policy of the shared load run")
+    add(
+        "--router",
+        type=_policies,
+        default=(),
+        metavar="NAME[,NAME...]",
+        help="routing policy of the shared load run; with several, they are compared: "
+        + ", ".join(POLICIES),
+    )
     add("--chaos", action="store_true", help="kill -9 a replica during the shared load run")
     add("--ngram-window", type=_positive, default=3, help="tokens looked up (default: 3)")
     add("--ngram-candidates", type=_positive, default=10, help="tokens drafted (default: 10)")
     add("--seed", type=int, default=7, help="seed of the load traffic (default: 7)")
     add("--quick", action="store_true", help="small prompts and little traffic, for a first look")
     return parser.parse_args(arguments)
+
+
+def _policies(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = [one for one in names if one not in POLICIES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(unknown)}; there are {', '.join(POLICIES)}"
+        )
+    return names
 
 
 def _positive(text: str) -> int:
@@ -93,7 +110,7 @@ def prepare(arguments: argparse.Namespace, screen: Screen) -> Demo:
         options=Options(
             ngram_window=arguments.ngram_window,
             ngram_candidates=arguments.ngram_candidates,
-            router=arguments.router,
+            routers=arguments.router,
             chaos=arguments.chaos,
             seed=arguments.seed,
         ),

@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cluster.demo.chaos import KillOnce
 from cluster.demo.conversations import hold_conversations
 from cluster.demo.documents import load_documents
 from cluster.demo.report import draw_load_chart
+from cluster.demo.rules import print_rules
 from cluster.demo.scenario import Demo, Serving
 from cluster.demo.setups import fresh_cache, kv_cache_bytes, setup
 from cluster.demo.traffic import ClientScript, num_requests, plan_traffic
@@ -45,7 +46,9 @@ class ModeFigures:
     `blocks_from_peers` were loaded from host memory where another replica had put them.
     """
 
+    ttft_mean_s: float
     ttft_p50_s: float
+    ttft_p90_s: float
     ttft_p99_s: float
     tokens_per_s: float
     prefill_tokens_computed: int
@@ -58,7 +61,11 @@ class ModeFigures:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """All three runs. With `chaos`, `killed` names the replica that was ended on purpose."""
+    """All three runs. With `chaos`, `killed` names the replica that was ended on purpose.
+
+    `rules` has, for each routing rule that was compared, a run of replicas `alone`, with no cache
+    but their devices, and one with the `shared` cache.
+    """
 
     modes: dict[str, ModeFigures]
     num_lost: int
@@ -66,6 +73,7 @@ class LoadResult:
     chaos: bool
     killed: str | None
     chart: str
+    rules: dict[str, dict[str, ModeFigures]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The figures, with the issue's names."""
@@ -115,60 +123,85 @@ async def run_load(demo: Demo) -> LoadResult:
         f"{sizes.num_documents} documents, three times over: (a) without reuse, (b) each replica "
         "alone with what it has computed, (c) with the shared cache and the router.",
     )
-    runs = {}
+    runs, rules = {}, {}
     with tempfile.TemporaryDirectory(prefix="kvcommons-demo-") as folder:
         for mode, config in _setups(demo, Path(folder)).items():
-            runs[mode] = await _run(demo, mode, config, scripts)
-    result = _result(demo, runs)
+            runs[mode] = await _run(demo, LABELS[mode], mode == "shared", config, scripts)
+        for rule, configs in _rule_setups(demo, Path(folder)).items():
+            rules[rule] = {
+                place: (await _run(demo, f"{rule}, {place}", False, config, scripts)).figures()
+                for place, config in configs.items()
+            }
+    result = _result(demo, runs, rules)
     _print_result(demo, result)
+    if rules:
+        print_rules(demo.screen, rules)
     return result
 
 
 def _setups(demo: Demo, store: Path) -> dict[str, ClusterConfig]:
     """The three modes: the same pool everywhere; only reuse, cache and router differ."""
-    sizes = demo.sizes.load
-    block = demo.config.engine.kv_cache_config.tokens_per_block
-    pool = {"max_tokens": sizes.pool_tokens(block), "host_cache_size": None}
-    read_tokens = 2 * sizes.num_documents * sizes.request_tokens
-    reserve_bytes = kv_cache_bytes(demo.model, demo.config.engine, read_tokens)
-    cache = fresh_cache(demo.config, store, reserve_bytes).model_dump()
-    router = demo.options.router or demo.config.router.policy
-
-    def mode(name: str, reuse: bool, policy: str, cache: dict[str, Any] | None) -> ClusterConfig:
-        kv_cache = pool | {"enable_block_reuse": reuse}
-        engine = {"kv_cache_config": kv_cache, "speculative_config": None}
-        return setup(
-            demo.config, name, REPLICAS, engine=engine, cache=cache, router={"policy": policy}
-        )
-
+    routers = demo.options.routers or (demo.config.router.policy,)
     return {
-        "none": mode("none", False, "round_robin", None),
-        "local": mode("local", True, "round_robin", None),
-        "shared": mode("shared", True, router, cache),
+        "none": _mode(demo, "none", "round_robin", None, reuse=False),
+        "local": _mode(demo, "local", "round_robin", None),
+        "shared": _mode(demo, "shared", routers[0], store),
     }
 
 
+def _rule_setups(demo: Demo, folder: Path) -> dict[str, dict[str, ClusterConfig]]:
+    """For each rule of a comparison: replicas alone, and with a shared cache that begins empty."""
+    rules = demo.options.routers if len(demo.options.routers) > 1 else ()
+    return {
+        rule: {
+            "alone": _mode(demo, "alone", rule, None),
+            "shared": _mode(demo, "shared", rule, folder / rule),
+        }
+        for rule in rules
+    }
+
+
+def _mode(
+    demo: Demo, name: str, policy: str, store: Path | None, reuse: bool = True
+) -> ClusterConfig:
+    """The user's cluster with small pools and this policy; `store` is where its cache begins."""
+    sizes = demo.sizes.load
+    block = demo.config.engine.kv_cache_config.tokens_per_block
+    pool = {"max_tokens": sizes.pool_tokens(block), "host_cache_size": None}
+    engine = {
+        "kv_cache_config": pool | {"enable_block_reuse": reuse},
+        "speculative_config": None,
+    }
+    cache = None
+    if store is not None:
+        read_tokens = 2 * sizes.num_documents * sizes.request_tokens
+        reserve_bytes = kv_cache_bytes(demo.model, demo.config.engine, read_tokens)
+        cache = fresh_cache(demo.config, store, reserve_bytes).model_dump()
+    router = {"policy": policy}
+    return setup(demo.config, name, REPLICAS, engine=engine, cache=cache, router=router)
+
+
 async def _run(
-    demo: Demo, mode: str, config: ClusterConfig, scripts: Sequence[ClientScript]
+    demo: Demo, label: str, may_kill: bool, config: ClusterConfig, scripts: Sequence[ClientScript]
 ) -> "_Run":
     total = num_requests(scripts)
     async with demo.serve(config) as serving:
         asks: Asks = serving.dispatcher
         killer = None
-        if demo.options.chaos and mode == "shared":
+        if demo.options.chaos and may_kill:
             asks = killer = KillOnce(asks, serving.kill_replica, after_requests=total // 3)
         started_s = time.perf_counter()
-        with demo.screen.progress(LABELS[mode], total) as advance:
+        with demo.screen.progress(label, total) as advance:
             answers = await hold_conversations(demo, asks, scripts, advance)
         wall_s = time.perf_counter() - started_s
-        peer_blocks = await _blocks_from_peers(serving)
+        peer_blocks = await blocks_from_peers(serving)
     killed = killer.killed if killer else None
     if killed:
         demo.screen.detail(f"{killed} was killed with SIGKILL while it was answering", "yellow")
     return _Run(answers, total - len(answers), wall_s, killed, peer_blocks)
 
 
-async def _blocks_from_peers(serving: Serving) -> int:
+async def blocks_from_peers(serving: Serving) -> int:
     """What the replicas that answer have counted; one that was killed may still be starting."""
     try:
         stats = await serving.stats()
@@ -186,20 +219,26 @@ class _Run:
     peer_blocks: int
 
     def figures(self) -> ModeFigures:
-        answers = list(self.answers.values())
-        ttft_s = [answer.ttft_s for answer in answers]
-        tiers = {tier: sum(getattr(one.receipt, tier) for one in answers) for tier in TIERS}
-        return ModeFigures(
-            ttft_p50_s=percentile(ttft_s, 0.5),
-            ttft_p99_s=percentile(ttft_s, 0.99),
-            tokens_per_s=sum(len(answer.token_ids) for answer in answers) / self.wall_s,
-            prefill_tokens_computed=tiers["computed"],
-            tokens_from=tiers,
-            blocks_from_peers=self.peer_blocks,
-            num_requests=len(answers),
-            num_failovers=sum(answer.num_failovers for answer in answers),
-            wall_s=self.wall_s,
-        )
+        return figures_of(list(self.answers.values()), self.wall_s, self.peer_blocks)
+
+
+def figures_of(answers: Sequence[Answer], wall_s: float, peer_blocks: int) -> ModeFigures:
+    """What is told of these answers, of which there is one at least."""
+    ttft_s = [answer.ttft_s for answer in answers]
+    tiers = {tier: sum(getattr(one.receipt, tier) for one in answers) for tier in TIERS}
+    return ModeFigures(
+        ttft_mean_s=sum(ttft_s) / len(ttft_s),
+        ttft_p50_s=percentile(ttft_s, 0.5),
+        ttft_p90_s=percentile(ttft_s, 0.9),
+        ttft_p99_s=percentile(ttft_s, 0.99),
+        tokens_per_s=sum(len(answer.token_ids) for answer in answers) / wall_s,
+        prefill_tokens_computed=tiers["computed"],
+        tokens_from=tiers,
+        blocks_from_peers=peer_blocks,
+        num_requests=len(answers),
+        num_failovers=sum(answer.num_failovers for answer in answers),
+        wall_s=wall_s,
+    )
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
@@ -208,7 +247,9 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     return ranked[max(1, math.ceil(fraction * len(ranked))) - 1]
 
 
-def _result(demo: Demo, runs: dict[str, _Run]) -> LoadResult:
+def _result(
+    demo: Demo, runs: dict[str, _Run], rules: dict[str, dict[str, ModeFigures]]
+) -> LoadResult:
     figures = {mode: run.figures() for mode, run in runs.items()}
     texts = [{name: one.text for name, one in run.answers.items()} for run in runs.values()]
     chart = demo.report_dir / "load.png"
@@ -220,6 +261,7 @@ def _result(demo: Demo, runs: dict[str, _Run]) -> LoadResult:
         chaos=demo.options.chaos,
         killed=runs["shared"].killed,
         chart=str(chart),
+        rules=rules,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 
 from actors.config import ModelSource
-from actors.replica import ReplicaStats
+from actors.replica_health import ReplicaStats
 from cluster.config import ClusterConfig
 from cluster.demo.asking import Asks
 from cluster.driver import Cluster

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from actors.config import ModelSource
 from actors.engine import GenerationRequest, SamplingParams
-from actors.replica import ReplicaStats
+from actors.replica_health import ReplicaStats
 from cluster.config import ClusterConfig
 from cluster.demo.asking import Asks
 from cluster.demo.console import Screen
@@ -39,11 +39,15 @@ class Serving(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a person may choose about the scenarios themselves."""
+    """What a person may choose about the scenarios themselves.
+
+    `routers`: the policy of the shared load run; with several, they are compared in runs of their
+    own.
+    """
 
     ngram_window: int = 3
     ngram_candidates: int = 10
-    router: str | None = None
+    routers: tuple[str, ...] = ()
     chaos: bool = False
     seed: int = 7
 

@@ -7,6 +7,7 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
+from actors.routing.index import routing_keys
 from cluster import arena_owners
 from cluster.arena_owners import ArenaOwners
 from cluster.clients import RAY_NAMESPACE
@@ -108,6 +109,39 @@ def test_an_owner_that_is_killed_comes_back_with_the_blocks_brought_before(start
     assert pid_of(actor_of(owners)) != before
     owners.ensure()
     assert len(owners.names) == 1
+
+
+def told(owners, tier_changes=()):
+    """What the owner tells to who has read `tier_changes`, by tier."""
+    read = {one.tier: one.end for one in tier_changes}
+    actor = actor_of(owners)
+    return ray.get(actor.cache_changes.remote(read), timeout=WAIT_S)
+
+
+def test_an_owner_tells_what_its_arena_got_and_lost_and_all_of_it_after_a_restart(start, folder):
+    owners, hashes = start(), hashes_of("told", 8)
+    owners.await_ready(WAIT_S)
+    keys = list(routing_keys(hashes))
+    with open_tier(host_config(folder, name="arena")) as tier:
+        first = told(owners)
+        assert [(one.tier, one.is_snapshot, len(one.stored)) for one in first] == [
+            ("host", True, 0),
+            ("shared", True, 0),
+        ]
+        bring(tier, hashes)
+        tier.stored(hashes[:2], True)
+        tier.drop(hashes[6:])
+        host, shared = eventually(
+            lambda: changes if len((changes := told(owners, first))[1].stored) == 2 else None
+        )
+        assert (set(host.stored), set(host.removed)) == (set(keys[:6]), set(keys[6:]))
+        assert (set(shared.stored), set(shared.removed)) == (set(keys[:2]), set())
+        assert not any(one.stored or one.removed for one in told(owners, (host, shared)))
+        os.kill(pid_of(actor_of(owners)), 9)
+        eventually(lambda: num_right(tier, hashes) == 6)
+        host, shared = told(owners, (host, shared))
+        assert host.is_snapshot
+        assert (set(host.stored), set(shared.stored)) == (set(keys[:6]), set(keys[:2]))
 
 
 def test_a_killed_client_takes_nothing_from_another_one(start, folder):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.config import ClusterConfig, load_config
 from shared_cache.errors import ConfigError
@@ -11,7 +12,11 @@ from shared_cache.settings_file import expand_store_url
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-SHIPPED = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith("trtllm")]
+SHIPPED = [
+    path
+    for path in sorted(CONFIGS.glob("*.yaml"))
+    if not path.name.startswith(("trtllm", "serve", "llama"))
+]
 """Those that need no GPU; the others have tests of their own."""
 
 
@@ -19,7 +24,25 @@ SHIPPED = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.star
 def test_shipped_configuration_loads(path):
     config = load_config(path)
     assert config.model == "smollm2-135m"
-    assert len(config.replica_names) == config.replicas == 2
+    assert len(config.replica_names) == config.min_replicas <= config.max_replicas
+
+
+def test_the_configuration_for_gpus_reserves_one_for_each_replica():
+    config = load_config(CONFIGS / "llama8b-gpu.yaml")
+    assert config.engine.is_cuda
+    assert config.engine.torch_dtype == "bfloat16"
+    assert config.gpus_per_replica == 1
+    assert config.cache.host.populate
+    on_a_gpu = {"model": "x", "engine": {"device": "cuda:0"}}
+    assert ClusterConfig.model_validate(on_a_gpu).gpus_per_replica == 1
+
+
+def test_what_serve_deploys_is_the_application_of_a_shipped_configuration():
+    schema = pytest.importorskip("ray.serve.schema")
+    text = (CONFIGS / "serve.yaml").read_text(encoding="utf-8")
+    (application,) = schema.ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    assert application.import_path == "cluster.app:build"
+    assert load_config(CONFIGS.parent / application.args["config"]).model == "smollm2-135m"
 
 
 def test_the_default_shares_through_the_users_cache_folder(monkeypatch, tmp_path):
@@ -67,8 +90,8 @@ def load(tmp_path, text):
             ["engine.speculative_config.max_draf_len", "`max_draft_len`"],
         ),
         ("model: x\nreplicas: two", ["replicas: ", "integer", "given: 'two'"]),
-        ("model: x\nreplicas: 0", ["replicas: ", "greater than or equal to 1"]),
-        ("model: x\nrouter: {policy: best}", ["router.policy", "'prefix'", "'round_robin'"]),
+        ("model: x\nreplicas: 0", ["replicas: ", "of at least 1, or a range", "given: 0"]),
+        ("model: x\nrouter: {policy: best}", ["router.policy", "'least_cost'", "'round_robin'"]),
         ("replicas: 2", ["model: Field required"]),
         ("model: x\ncache: {host: {bytes: lots}}", ["cache.host.bytes", "lots"]),
         (

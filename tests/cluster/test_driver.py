@@ -16,19 +16,31 @@ from cluster.clients import RAY_NAMESPACE, connect
 from cluster.config import ClusterConfig
 from cluster.driver import Cluster
 from shared_cache.errors import ConfigError, ModelError, ReplicaUnavailableError, RequestError
-from tests.fakes import DEADLY_TOKEN, FAKE_TEXT, FakeEngine, build_fake_engine
+from shared_cache.hashing import block_hashes
+from tests.fakes import (
+    DEADLY_TOKEN,
+    FAKE_TEXT,
+    NUM_TOLD_BLOCKS,
+    FakeEngine,
+    build_fake_engine,
+)
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(400),
+    pytest.mark.usefixtures("ray_session"),
+]
 
 MODEL = ModelSource(name="fake", path="", revision="0")
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 ENGINE = {"torch_threads": 1, "kv_cache_config": {"tokens_per_block": 4}}
 
 
 def config(**settings) -> ClusterConfig:
-    defaults = {"model": "fake", "engine": ENGINE, "num_cpus_per_replica": 0.5}
+    waits = {"first_wait_s": PATIENCE_S}  # a router that was killed may take long to come back
+    defaults = {"model": "fake", "engine": ENGINE, "num_cpus_per_replica": 0.5, "dispatch": waits}
     return ClusterConfig(**(defaults | settings))
 
 
@@ -109,14 +121,20 @@ async def test_closing_a_stream_aborts_on_the_replica(cluster):
     await eventually(lambda: cluster.router().num_reservations == 0)
 
 
+def busy_replica(cluster, at_least):
+    """A replica with that many open requests, which it is left to the router to choose; or None."""
+    busiest = max(cluster.stats().values(), key=lambda stats: stats.num_outstanding)
+    return busiest if busiest.num_outstanding >= at_least else None
+
+
 async def test_kill_9_loses_no_request_and_the_replica_comes_back(cluster):
     dispatcher = cluster.dispatcher()
     before = alive(cluster)
     expected = FAKE_TEXT.encode()[:200].decode(errors="ignore")
     tasks = [asyncio.create_task(collect(dispatcher, request(200, str(i)))) for i in range(6)]
-    victim = cluster.config.replica_names[0]
-    await eventually(lambda: cluster.stats()[victim].num_outstanding >= 2)
-    os.kill(cluster.stats()[victim].health.pid, signal.SIGKILL)
+    busiest = await eventually(lambda: busy_replica(cluster, at_least=3))
+    victim = busiest.health.name
+    os.kill(busiest.health.pid, signal.SIGKILL)
     results = await asyncio.gather(*tasks)
     assert {said(routed) for routed in results} == {expected}
     moved = [routed for routed in results if routed[-1].num_failovers]
@@ -138,23 +156,40 @@ async def test_an_engine_that_ends_in_a_living_process_is_restarted(cluster):
     assert (after[victim] != before[victim], after[other] == before[other]) == (True, True)
 
 
-async def test_a_restarted_router_is_told_of_the_replicas(cluster):
+async def test_a_restarted_router_is_told_of_replicas_streams_and_caches(cluster):
+    dispatcher = cluster.dispatcher()
+    stream = dispatcher.generate(request(400))
+    await anext(stream)
     ray.kill(ray.get_actor("fake-router", namespace=RAY_NAMESPACE), no_restart=False)
-    assert said(await collect(cluster.dispatcher(), request(5))) == FAKE_TEXT.encode()[:5].decode(
-        errors="ignore"
-    )
+    beginning = FAKE_TEXT.encode()[:5].decode(errors="ignore")
+    assert said(await collect(dispatcher, request(5))) == beginning
+    assert said(await collect(cluster.dispatcher(), request(5))) == beginning
     await eventually(lambda: len(alive(cluster)) == 2)
+    await eventually(lambda: cluster.router().num_reservations == 1)  # the stream that goes on
+    await eventually(lambda: min(known_blocks(cluster)) >= NUM_TOLD_BLOCKS)
+    await stream.aclose()
+    await eventually(lambda: cluster.router().num_reservations == 0)
+
+
+def known_blocks(cluster) -> set[int]:
+    return {one.known_blocks for one in cluster.router().replicas}
+
+
+async def test_the_router_knows_what_engines_tell_of_their_devices(cluster):
+    await eventually(lambda: min(known_blocks(cluster)) >= NUM_TOLD_BLOCKS)
+    route = await cluster.dispatcher()._router.route(block_hashes(range(40), 4), 41)
+    assert route.known_tokens == 40
 
 
 async def test_connects_by_name_from_elsewhere(cluster):
     assert said(await collect(connect(cluster.config), request(3))) == "Gr"
-    nobody = config(name="nobody", dispatch={"replica_wait_s": 0})
+    nobody = config(name="nobody", dispatch={"first_wait_s": 0})
     with pytest.raises(ReplicaUnavailableError):
         await collect(connect(nobody), request(3))
 
 
 async def test_control_calls_are_answered_while_streams_fill_the_replica(ray_session, monkeypatch):
-    monkeypatch.setattr("cluster.driver.SPARE_STREAMS", 0)
+    monkeypatch.setattr("cluster.replica_actors.SPARE_STREAMS", 0)
     engine = {"max_batch_size": 1, "max_waiting_requests": 1}
     settings = config(name="busy", replicas=1, engine=ENGINE | engine)
     with Cluster.start(settings, MODEL, build_slow_engine) as cluster:

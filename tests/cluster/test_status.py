@@ -7,12 +7,13 @@ import pytest
 from rich.console import Console
 
 from actors.engine import EngineStats, KvCacheStats
-from actors.replica import ReplicaHealth, ReplicaStats
+from actors.replica_health import ReplicaHealth, ReplicaStats
 from actors.router import Router, RouterConfig
+from actors.router_messages import ReplicaInfo
 from cluster import cli
 from cluster.status import as_data, as_table
+from shared_cache.cache_stats import CacheStats
 from shared_cache.host.interface import HostStats
-from shared_cache.staging import CacheStats
 
 NAMES = ("kvcommons-replica-0", "kvcommons-replica-1")
 ENGINE = EngineStats(KvCacheStats(384, 300, 84, 32, 90, 90, 30, 10), 0, 1, 2000, 123456, 0, 0, 99)
@@ -31,7 +32,7 @@ READY = ReplicaStats(ReplicaHealth(NAMES[0], "b", 4194304, "ready"), 5.0, 3, ENG
 def snapshot():
     router = Router(RouterConfig(), 32, shares=True)
     for name in NAMES:
-        router.register(name, "b", 100)
+        router.register(ReplicaInfo(name, "b"))
     return router.snapshot()
 
 
@@ -48,6 +49,17 @@ def test_the_table_shows_faults_and_fits_a_terminal(snapshot):
     assert row.split()[1:] == ["ready", "4194304", "3", "0", "75%", "123456", "71", "83"]
     away = next(line for line in text.splitlines() if NAMES[1] in line)
     assert away.split()[1:] == ["away", "-", "-", "0", "-", "-", "-", "-"]
+
+
+def test_a_replica_that_is_routed_to_by_load_alone_is_seen_to_be(snapshot):
+    accuracy = replace(snapshot.replicas[0].accuracy, is_load_only=True)
+    beliefs = (replace(snapshot.replicas[0], accuracy=accuracy), snapshot.replicas[1])
+    demoted = replace(snapshot, replicas=beliefs)
+    lines = shown(demoted, {NAMES[0]: READY, NAMES[1]: None}).splitlines()
+    row = next(number for number, line in enumerate(lines) if NAMES[0] in line)
+    assert lines[row + 1].strip() == "by load"
+    data = as_data(demoted, {NAMES[0]: READY, NAMES[1]: None})["replicas"]
+    assert data[NAMES[0]]["router"]["accuracy"]["is_load_only"] is True
 
 
 def test_a_replica_without_a_cache_or_an_engine_has_no_figures(snapshot):

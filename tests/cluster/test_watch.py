@@ -1,13 +1,13 @@
 """What a watcher makes of signs of life: answers and silences in, actions out."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.engine import CacheChanges
-from actors.replica import ReplicaHealth
-from cluster import watch as watch_module
+from actors.replica_health import ReplicaHealth
+from actors.router_messages import ReplicaInfo
 from cluster.config import LifecycleConfig
 from cluster.watch import RESTART_PAUSE_S, ReplicaWatch, Watcher
 
@@ -15,7 +15,7 @@ LIFECYCLE = LifecycleConfig(silence_timeout_s=10, restart_timeout_s=60)
 
 
 def health(boot_id="1", state="ready"):
-    return ReplicaHealth("replica-0", boot_id, 123, state, cache_blocks=7)
+    return ReplicaHealth("replica-0", boot_id, 123, state, device_tokens=7, machine="m")
 
 
 def verbs(actions):
@@ -30,7 +30,8 @@ def watch():
 def test_a_ready_replica_is_registered_with_its_size_at_every_answer(watch):
     for now_s in (1, 2):
         (action,) = watch.on_health(health(), now_s)
-        assert (action.verb, action.boot_id, action.cache_blocks) == ("register", "1", 7)
+        assert (action.verb, action.boot_id) == ("register", "1")
+        assert action.info == ReplicaInfo("replica-0", "1", "m", 7)
 
 
 def test_a_restarted_replica_replaces_the_old_process_when_it_is_ready(watch):
@@ -63,55 +64,50 @@ def test_a_replica_that_is_not_ready_gets_no_requests_but_is_let_be(watch, state
     assert verbs(watch.on_health(health("1", state), 1)) == [("mark_dead", "1")]
 
 
-class FakeCalls:
-    """An actor whose calls are noted; they return their own number."""
+class Actor:
+    """A handle whose methods give what they were asked, and a list of that."""
 
-    def __init__(self, log, method):
-        self.log, self.method = log, method
-
-    def remote(self, *arguments):
-        self.log.append((self.method, *arguments))
-        return len(self.log)
-
-
-class FakeActor:
     def __init__(self):
-        self.log = []
+        self.calls = []
 
     def __getattr__(self, method):
-        return FakeCalls(self.log, method)
+        return SimpleNamespace(remote=lambda *args: self.calls.append((method, *args)) or method)
 
 
-def test_changes_go_to_the_router_once_they_have_arrived(monkeypatch):
-    router, replica, ready = FakeActor(), FakeActor(), {}
-    monkeypatch.setattr(
-        watch_module.ray, "wait", lambda calls, **_: ([c for c in calls if c in ready], None)
-    )
-    monkeypatch.setattr(watch_module.ray, "get", lambda call: ready[call]())
-    changes = watch_module._Changes(router, {"replica-0": replica})
-    changes.ask("another", "1")
-    changes.ask("replica-0", "1")
-    changes.ask("replica-0", "2")  # it still owes the first answer
-    changes.tell()
-    assert replica.log == [("cache_changes",)]
-    assert router.log == []
-    told = CacheChanges(removed=(b"x",))
-    ready[1] = lambda: told
-    changes.tell()
-    changes.tell()
-    assert router.log == [("cache_changed", "replica-0", "1", told)]
-    changes.ask("replica-0", "2")
-    ready[2] = CacheChanges
-    changes.tell()
+class RayWithout:
+    """Stands for Ray, where every answer is this error; notes who was killed."""
 
-    def fail():
-        raise RayError("gone")
+    def __init__(self, error):
+        self.error = error
+        self.killed = []
 
-    changes.ask("replica-0", "2")
-    ready[3] = fail
-    changes.tell()
-    assert len(router.log) == 1  # nothing new, and nothing at all
-    assert len(replica.log) == 3
+    def wait(self, calls, num_returns, timeout):
+        return calls, []
+
+    def get(self, call):
+        raise self.error
+
+    def kill(self, handle, no_restart):
+        self.killed.append(no_restart)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_restarted"),
+    [(RayTaskError("health", "trace", ValueError("odd")), True), (RayActorError(), False)],
+)
+def test_a_replica_whose_health_raises_is_restarted_as_a_silent_one(
+    monkeypatch, error, is_restarted
+):
+    without, router, replica, now_s = RayWithout(error), Actor(), Actor(), [0.0]
+    monkeypatch.setattr("cluster.watch.ray", without)
+    monkeypatch.setattr("cluster.watch.time.monotonic", lambda: now_s[0])
+    watcher = Watcher(router, lambda: {"r": replica}, LIFECYCLE)
+    for now_s[0] in range(0, 60, 5):
+        watcher.tick()
+    assert (without.killed, router.calls[-1]) == ([], ("mark_dead", "r", ""))
+    now_s[0] = 60
+    watcher.tick()
+    assert without.killed == ([False] if is_restarted else []), "Ray restarts what has ended"
 
 
 class Failing:
@@ -134,7 +130,7 @@ def test_no_error_ends_the_watch_and_one_half_does_not_stop_the_other(monkeypatc
     failing = Failing(ValueError("a name is taken"), RayError("away"), RuntimeError("odd"))
     working = Failing()
     work = {"tick": working, "also": working, which: failing}
-    watcher = Watcher(None, {}, LifecycleConfig(health_period_s=0.01), work["also"])
+    watcher = Watcher(None, dict, LifecycleConfig(health_period_s=0.01), work["also"])
     monkeypatch.setattr(watcher, "tick", work["tick"])
     watcher.start()
     try:

@@ -7,15 +7,20 @@ clients send many of them, and null for every one that they leave to the server.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from openai.types.chat import ChatCompletionFunctionToolParam
+from pydantic import BeforeValidator, Field, model_validator
 
 from actors.engine import SamplingParams
-from shared_cache.hashing import ReuseScope
+from cluster.endpoint.messages import Body, EmptyList, Message
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for `/v1/completions`."""
 
 MAX_PROMPTS = 64
+MAX_N = 16
+MAX_CHOICES = 128
+"""Prompts times `n`: each choice is a sequence of its own in an engine."""
+
 MAX_STOPS = 16
 """OpenAI allows 4; some clients send more, and each is looked for in every piece of text."""
 
@@ -41,32 +46,17 @@ Prompts = Annotated[list[str] | list[TokenIds], Field(min_length=1)]
 Prompt = Annotated[str | TokenIds | Prompts, BeforeValidator(_at_most_max_prompts)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)]
-EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyMap = Annotated[dict[str, Any], Field(max_length=0)]
 
 
-class _Body(BaseModel):
-    """A JSON object of OpenAI's, where null means that the parameter is not given."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {k: v for k, v in values.items() if v is not None or k not in optional}
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream carries besides text."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class _Request(_Body):
+class _Request(Body):
     """The parameters that both endpoints honour, and neutral values of others.
 
     `top_k`, `ignore_eos` and `cache_salt` are extensions that other servers have too: requests
@@ -75,23 +65,23 @@ class _Request(_Body):
     """
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    n: int = Field(1, ge=1, le=MAX_N)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**31)
     ignore_eos: bool = False
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    cache_salt: str | None = Field(None, min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$")
 
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
 
-    n: Literal[1] = 1
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
     logit_bias: EmptyMap = Field(default_factory=dict)
@@ -110,12 +100,12 @@ class _Request(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def scope(self) -> ReuseScope:
-        """Which requests may reuse this one's blocks."""
-        return ReuseScope(cache_salt=self.cache_salt)
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens that are wanted for each place; None: no log-probabilities at all."""
+        return None
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """How tokens are chosen, with this limit."""
+        """How tokens are chosen, with this limit; those of the first choice."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -124,6 +114,7 @@ class _Request(_Body):
             seed=self.seed,
             stop=tuple(stop for stop in self.stop if stop),
             ignore_eos=self.ignore_eos,
+            logprobs=self.num_logprobs,
         )
 
 
@@ -131,11 +122,25 @@ class CompletionRequest(_Request):
     """The body of `POST /v1/completions`."""
 
     prompt: Prompt
+    logprobs: int | None = Field(None, ge=0, le=5)
 
-    best_of: Literal[1] = 1
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
     echo: Literal[False] = False
-    logprobs: None = None
     suffix: Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _no_more_than_can_be_served(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: this parameter is not supported, unless it equals n")
+        num_choices = self.n * len(self.prompts)
+        if num_choices > MAX_CHOICES:
+            raise ValueError(f"n times prompts is {num_choices}; at most {MAX_CHOICES} choices")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `_Request.num_logprobs`."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -147,35 +152,7 @@ class CompletionRequest(_Request):
         return [one for one in self.prompt if not isinstance(one, int)]
 
 
-class TextPart(_Body):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Body):
-    """One message of a conversation; the fields that only answers have may be sent back empty."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: EmptyList = Field(default_factory=list)
-    annotations: EmptyList = Field(default_factory=list)
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates want it."""
-        is_text = isinstance(self.content, str)
-        text = self.content if is_text else "".join(part.text for part in self.content)  # type: ignore[union-attr]
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": str(text)}
-
-
-class TextFormat(_Body):
+class TextFormat(Body):
     """The answer's format: none but plain text."""
 
     type: Literal["text"]
@@ -185,26 +162,67 @@ class ChatRequest(_Request):
     """The body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    tools: list[ChatCompletionFunctionToolParam] = Field(default_factory=list, max_length=128)
+    tool_choice: Literal["none", "auto"] = "auto"
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
 
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] = Field(default_factory=list)
-    logprobs: Literal[False] = False
-    top_logprobs: Literal[0] = 0
-    tools: EmptyList = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool = True
     functions: EmptyList = Field(default_factory=list)
     function_call: Literal["none", "auto"] = "none"
     audio: None = None
     moderation: None = None
     prediction: None = None
+    prompt_cache_options: None = None
     prompt_cache_retention: None = None
     reasoning_effort: None = None
     verbosity: Literal["medium"] = "medium"
     web_search_options: None = None
 
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `_Request.num_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     @property
     def limit(self) -> int | None:
         """The output limit, under its new or its old name."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def template_tools(self) -> list[dict[str, Any]]:
+        """The tools that the template tells the model of; none when it shall call none."""
+        return [] if self.tool_choice == "none" else [dict(tool) for tool in self.tools]
+
+
+class TokenizeRequest(Body):
+    """The body of `POST /tokenize`: a prompt, or a conversation as the model would get it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] = Field(default_factory=list)
+    tools: list[ChatCompletionFunctionToolParam] = Field(default_factory=list, max_length=128)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """The body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[TokenId] = Field(max_length=1 << 20)

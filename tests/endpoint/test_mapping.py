@@ -11,18 +11,19 @@ from pydantic import ValidationError
 
 from actors.dispatch import RoutedChunk
 from actors.engine import Receipt, TokenChunk
-from cluster import openai_api
-from cluster.openai_api import Choice, Reply
-from cluster.openai_requests import ChatRequest, CompletionRequest
+from cluster.endpoint import errors, replies
+from cluster.endpoint.replies import Choice, Reply
+from cluster.endpoint.requests import ChatRequest, CompletionRequest
+from cluster.endpoint.streaming import Collector
 from shared_cache.errors import ReplicaUnavailableError, RequestError
-from shared_cache.hashing import ReuseScope
 
 CHUNKS = [
     TokenChunk((1,), "Hel", receipt=Receipt(100, 32, 16, 8, 44)),
     TokenChunk((2, 3), "lo", num_accepted=1),
     TokenChunk((4,), "", finish_reason="length"),
 ]
-ROUTED = [RoutedChunk(chunk, "replica-1") for chunk in CHUNKS]
+ROUTED = [RoutedChunk(chunk, "replica-1", ttft_s=0.0125) for chunk in CHUNKS]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 REPLY = Reply.new("cmpl", "m")
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -32,6 +33,12 @@ def choice() -> Choice:
     for routed in ROUTED:
         made.add(routed)
     return made
+
+
+def events_of(make):
+    """A stream in which each chunk comes alone."""
+    collector = Collector(1, None)
+    return [make(*news) for one in ROUTED for news in collector.add([(0, one)])]
 
 
 def test_completion_with_usage_and_tiers():
@@ -52,11 +59,17 @@ def test_completion_with_usage_and_tiers():
         "shared": 16,
         "computed": 88,
         "replica": "replica-1",
+        "ttft_ms": 12.5,
+        "predicted_ttft_ms": None,
+        "failovers": 0,
     }
+    assert REPLY.receipt_header([choice()])["x-kvcommons-receipt"] == (
+        'device=32, host=16, shared=8, computed=44, replica="replica-1", ttft-ms=12.5'
+    )
 
 
 def test_chat_answer():
-    read = ChatCompletion.model_validate(REPLY.chat(choice()), strict=True)
+    read = ChatCompletion.model_validate(REPLY.chat([choice()]), strict=True)
     assert read.choices[0].message.content == "Hello"
     assert read.choices[0].message.role == "assistant"
     assert read.choices[0].finish_reason == "length"
@@ -64,7 +77,7 @@ def test_chat_answer():
 
 
 def test_chat_stream_adds_up():
-    events = [REPLY.chat_start(), *(REPLY.chat_chunk(0, one) for one in ROUTED)]
+    events = [REPLY.chat_start(0), *events_of(REPLY.chat_chunk)]
     read = [ChatCompletionChunk.model_validate(event) for event in events]
     assert "".join(one.choices[0].delta.content or "" for one in read) == "Hello"
     assert read[0].choices[0].delta.role == "assistant"
@@ -78,18 +91,21 @@ def test_chat_stream_adds_up():
 
 
 def test_completion_stream_adds_up():
-    events = [REPLY.completion_chunk(1, one) for one in ROUTED]
+    events = events_of(REPLY.completion_chunk)
     assert "".join(event["choices"][0]["text"] for event in events) == "Hello"
     assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, "length"]
-    assert {event["choices"][0]["index"] for event in events} == {1}
+    assert {event["choices"][0]["index"] for event in events} == {0}
+    for event in events:
+        read = Completion.model_construct(**event)
+        assert not read.model_extra
     assert REPLY.completion_usage([choice()])["usage"]["completion_tokens"] == 4
 
 
 def test_models():
-    listed = openai_api.models("m", 5)
+    listed = replies.models("m", 5)
     assert listed["object"] == "list"
     assert Model.model_validate(listed["data"][0]).id == "m"
-    assert openai_api.unknown_model("x", "m")["error"]["code"] == "model_not_found"
+    assert errors.unknown_model("x", "m")["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize(
@@ -144,8 +160,9 @@ def test_chat_messages_and_limits():
     [
         ({"best_off": None}, "best_off", "not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-        ({"logprobs": 0}, "logprobs", "not supported"),
-        ({"best_of": 2}, "best_of", "should be 1"),
+        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ({"n": 17}, "n", "less than or equal to 16"),
+        ({"cache_salt": "a\x1fb"}, "cache_salt", "pattern"),
         ({"echo": True}, "echo", "False"),
         ({"suffix": "x"}, "suffix", ""),
         ({"store": True}, "store", "False"),
@@ -157,7 +174,6 @@ def test_chat_messages_and_limits():
         ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
         ({"cache_salt": "x" * 257}, "cache_salt", "at most 256 characters"),
         ({"cache_salt": "\ud800"}, "cache_salt", "string"),
-        ({"n": 2}, "n", "should be 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"prompt": []}, "prompt", ""),
@@ -169,7 +185,7 @@ def test_chat_messages_and_limits():
 def test_what_is_not_honoured_is_refused(fields, param, text):
     with pytest.raises(ValidationError) as caught:
         CompletionRequest(**{"model": "m", "prompt": "a", **fields})
-    error = openai_api.invalid(caught.value.errors())["error"]
+    error = errors.invalid(caught.value.errors())["error"]
     assert error["param"] == param
     assert text in error["message"]
     assert error["type"] == "invalid_request_error"
@@ -178,10 +194,9 @@ def test_what_is_not_honoured_is_refused(fields, param, text):
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
-        ({"logprobs": True}, "logprobs", "False"),
-        ({"top_logprobs": 3}, "top_logprobs", "0"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
-        ({"tools": [{"type": "function"}]}, "tools", "tools: this parameter is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools.0.function: Field required"),
         ({"tool_choice": "required"}, "tool_choice", "'none'"),
         ({"modalities": ["audio"]}, "modalities", "'text'"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "not supported"),
@@ -190,14 +205,19 @@ def test_what_is_not_honoured_is_refused(fields, param, text):
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
             "messages",
-            "not supported",
+            "messages.0.tool_calls.0.id: Field required",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]},
+            "messages",
+            "made by the assistant",
         ),
     ],
 )
 def test_what_a_chat_does_not_honour_is_refused(fields, param, text):
     with pytest.raises(ValidationError) as caught:
         ChatRequest(**{"model": "m", "messages": HELLO, **fields})
-    error = openai_api.invalid(caught.value.errors())["error"]
+    error = errors.invalid(caught.value.errors())["error"]
     assert error["param"] == param
     assert text in error["message"]
 
@@ -239,7 +259,7 @@ def test_a_chat_with_values_that_change_nothing_is_the_plain_one(fields):
     plain = ChatRequest(model="m", messages=HELLO)
     full = ChatRequest(model="m", messages=HELLO, **fields)
     assert full.sampling(5) == plain.sampling(5)
-    assert (full.limit, full.stream, full.scope) == (None, False, ReuseScope())
+    assert (full.limit, full.stream, full.cache_salt) == (None, False, None)
 
 
 @pytest.mark.parametrize("fields", [NEUTRAL | NEUTRAL_COMPLETION, nulls(CompletionRequest)])
@@ -247,7 +267,7 @@ def test_a_completion_with_values_that_change_nothing_is_the_plain_one(fields):
     plain = CompletionRequest(model="m", prompt="a")
     full = CompletionRequest(model="m", prompt="a", **fields)
     assert full.sampling(5) == plain.sampling(5)
-    assert (full.max_tokens, full.stream, full.scope) == (None, False, ReuseScope())
+    assert (full.max_tokens, full.stream, full.cache_salt) == (None, False, None)
 
 
 def test_openais_nulls_are_those_of_its_own_types():
@@ -269,11 +289,6 @@ def test_an_answer_may_be_sent_back_with_its_empty_fields():
     assert body.messages[1].for_template() == {"role": "assistant", "content": "Hi"}
 
 
-def test_a_salt_is_a_scope_of_its_own():
-    scopes = {CompletionRequest(model="m", prompt="a", cache_salt=s).scope for s in ("a", "b")}
-    assert scopes == {ReuseScope("a"), ReuseScope("b")}
-
-
 def test_limits_of_stops_and_prompts_are_allowed():
     body = CompletionRequest(model="m", prompt=["x"] * 64, stop=["y" * 256] * 16)
     assert (len(body.prompts), len(body.sampling(1).stop)) == (64, 16)
@@ -282,7 +297,7 @@ def test_limits_of_stops_and_prompts_are_allowed():
 
 def test_a_body_that_is_no_json_has_no_parameter_to_blame():
     problem = {"type": "json_invalid", "loc": ("body", 44), "msg": "JSON decode error"}
-    error = openai_api.invalid([problem])["error"]
+    error = errors.invalid([problem])["error"]
     assert error["param"] is None
     assert error["message"] == "44: JSON decode error"
 
@@ -305,7 +320,7 @@ def test_stream_options_need_a_stream():
     ],
 )
 def test_errors_have_their_status(error, status):
-    got, body = openai_api.failure(error)
+    got, body, _ = errors.failure(error)
     assert got == status
     assert ("secret" in body["error"]["message"]) is False
     assert set(body["error"]) == {"message", "type", "param", "code"}

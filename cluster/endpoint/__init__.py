@@ -1,0 +1,1 @@
+"""The HTTP side of the endpoint, without Ray: everything here runs and is tested in one process."""
