@@ -16,7 +16,7 @@ PIP_FLAGS ?= --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench bench-routing clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,7 +35,7 @@ demo: $(STAMP)  ## run the demonstration: share, offload, ngram, load
 	$(BIN)/python -m cluster.demo $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .
@@ -49,6 +49,9 @@ format: $(STAMP)  ## format the code
 
 bench: $(STAMP)  ## measure the engine against plain transformers
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-routing: $(STAMP)  ## compare routing rules in simulation: ARGS="--trace FILE" or --quick
+	$(BIN)/python -m benchmarks.routing $(ARGS)
 
 clean:  ## remove the virtual environment and all caches of tools
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis report *.egg-info

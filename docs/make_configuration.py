@@ -5,7 +5,7 @@ Run `python docs/make_configuration.py`; a test fails while the page and the cla
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
@@ -76,9 +76,14 @@ def _type(annotation: Any) -> str:
     if _is_list(annotation):
         return "list of sections"
     if _section(annotation) is not None:
-        return "section or null" if type(None) in get_args(annotation) else "section"
+        if type(None) in get_args(annotation):
+            return "section or null"
+        short = [one for one in get_args(annotation) if _section(one) is None]
+        return " or ".join([*map(_type, short), "section"])
     if type(None) in get_args(annotation):
         return f"{_type(get_args(annotation)[0])} or null"
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     if annotation is ByteSize:
         return "size"
     origin = get_origin(annotation) or annotation

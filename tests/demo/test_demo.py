@@ -47,6 +47,7 @@ def run(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # for the run that they share
 def test_every_expectation_is_met(run) -> None:
     done, report, _ = run
@@ -58,6 +59,7 @@ def test_every_expectation_is_met(run) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # for the run that they share
 def test_share_matches_what_another_process_computed(run) -> None:
     done, report, _ = run
@@ -84,6 +86,7 @@ def test_share_matches_what_another_process_computed(run) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # for the run that they share
 def test_offload_reuses_only_with_host_memory(run) -> None:
     _, report, _ = run
@@ -98,6 +101,7 @@ def test_offload_reuses_only_with_host_memory(run) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # for the run that they share
 def test_ngram_changes_nothing_but_the_speed(run) -> None:
     done, report, _ = run
@@ -113,6 +117,7 @@ def test_ngram_changes_nothing_but_the_speed(run) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # for the run that they share
 def test_load_computes_less_when_shared_and_survives_a_kill(run) -> None:
     _, report, folder = run

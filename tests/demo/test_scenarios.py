@@ -12,14 +12,16 @@ from actors.config import EngineConfig, ModelSource
 from actors.dispatch import RoutedChunk
 from actors.engine import GenerationRequest, Receipt, TokenChunk
 from cluster.config import ClusterConfig
+from cluster.demo.__main__ import parse_arguments
 from cluster.demo.asking import ask
 from cluster.demo.chaos import KillOnce
 from cluster.demo.conversations import hold_conversations
 from cluster.demo.documents import Document
-from cluster.demo.load import LoadResult, ModeFigures
+from cluster.demo.load import LoadResult, ModeFigures, _rule_setups
 from cluster.demo.ngram import NGramResult, PromptFigures
 from cluster.demo.offload import OffloadFigures, OffloadResult
-from cluster.demo.scenario import Demo, greedy
+from cluster.demo.rules import print_rules
+from cluster.demo.scenario import Demo, Options, greedy
 from cluster.demo.setups import fresh_cache, kv_cache_bytes, roomy_pool, setup
 from cluster.demo.share import ShareResult
 from cluster.demo.sizes import fitted_sizes
@@ -176,7 +178,7 @@ OFFLOAD = OffloadResult(
     OffloadFigures(0, 60, 0.0, (1.0,) * 4), OffloadFigures(30, 30, 0.5, (1.0,) * 4), True
 )
 EDIT = PromptFigures(20.0, 50.0, 100, 180, True)
-MODE = ModeFigures(1.0, 2.0, 5.0, 100, {}, 0, 10, 0, 9.0)
+MODE = ModeFigures(1.2, 1.0, 1.5, 2.0, 5.0, 100, {}, 0, 10, 0, 9.0)
 LOAD = LoadResult(
     {"none": MODE, "local": MODE, "shared": dataclasses.replace(MODE, prefill_tokens_computed=40)},
     num_lost=0,
@@ -224,3 +226,39 @@ def test_without_chaos_a_near_tie_that_flips_is_reported_but_no_failure() -> Non
     assert result.failures() == []
     assert result.as_json()["identical_output"] is False
     assert result.as_json()["shared"]["prefill_tokens_computed"] == 40
+
+
+def test_routing_rules_are_named_in_a_list_and_an_unknown_one_is_refused(capsys) -> None:
+    assert parse_arguments([]).router == ()
+    named = parse_arguments(["--router", "least_cost,round_robin,least_cost"]).router
+    assert named == ("least_cost", "round_robin")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--router", "least_cost,fastest"])
+    assert "unknown: fastest" in capsys.readouterr().err
+
+
+def test_compared_rules_are_in_the_report_and_beside_each_other_in_the_table() -> None:
+    rules = {
+        "least_cost": {"alone": MODE, "shared": MODE},
+        "random": {"alone": changed(MODE, prefill_tokens_computed=77), "shared": MODE},
+    }
+    report = changed(LOAD, rules=rules).as_json()
+    assert report["rules"]["random"]["alone"]["prefill_tokens_computed"] == 77
+    tables = []
+
+    class TableScreen:
+        def table(self, title, columns, rows) -> None:
+            tables.append(rows)
+
+    print_rules(TableScreen(), rules)
+    assert [row[:3] for row in tables[0]] == [
+        ("least_cost", "alone", "100"),
+        ("random", "alone", "77"),
+        ("least_cost", "shared cache", "100"),
+        ("random", "shared cache", "100"),
+    ]
+
+
+def test_a_single_rule_is_not_compared_with_anything() -> None:
+    demo = dataclasses.replace(demo_with(WordPrompts()), options=Options(routers=("random",)))
+    assert _rule_setups(demo, Path("store")) == {}
