@@ -125,13 +125,20 @@ class Fetch:
             num_blocks = min(num_blocks, self.num_awaited)
         return self.is_done or self.num_arrived >= num_blocks
 
-    def next_piece(self) -> tuple[Tier, int, int] | None:
-        """The tier and the place of the next blocks to read; None when there are none now."""
+    def next_piece(self, num_at_once: int) -> tuple[Tier, int, int] | None:
+        """The tier and the place of the next blocks to read; None when there are none now.
+
+        A tier that likes long reads gets them, as each costs questions to the host tier, but all of
+        `num_at_once` jobs get something to do.
+        """
         start = self.num_submitted
         if start >= self.num_wanted:
             return None
         tier, end = next((tier, end) for tier, end in self.sources if end > start)
-        return tier, start, min(start + BLOCKS_PER_PIECE, end, self.num_wanted)
+        end = min(end, self.num_wanted)
+        fair_share = -(-(end - start) // num_at_once)
+        size = max(BLOCKS_PER_PIECE, min(fair_share, tier.blocks_per_read))
+        return tier, start, min(start + size, end)
 
     def finished(self, start: int, end: int, num_here: int) -> bool:
         """A piece ended with `num_here` blocks; advances over pieces that are complete in order.

@@ -23,6 +23,9 @@ from shared_cache.tiers import Tier, TieredStore
 ABOUT_TO_ASK_S = 0.01
 """How long is waited for somebody who asks for blocks at the same time, in another thread."""
 
+FIRST_LOOK_UP_BYTES = 128 << 20
+"""A longer run is looked up in two parts: so many bytes of it, then the rest."""
+
 POLL_S = 0.1
 """How often who waits looks whether a tier hangs that another one could stand in for."""
 
@@ -45,6 +48,7 @@ class Fetcher:
         self._reader = reader
         self._pieces_at_once = pieces_at_once
         self._gate = gate
+        self._block_bytes = host.block_bytes
         self._changed = threading.Condition()
         self._in_flight = InFlight(host)
         self._is_closed = False
@@ -186,38 +190,59 @@ class Fetcher:
             self._in_flight.shorten(fetch, fetch.num_wanted)
 
     def _look_up(self, fetch: Fetch, job: Job) -> None:
-        """Ask one tier what it has of the rest of the run; begin to read that, ask the next one."""
-        tier, num_known = job.tier, fetch.num_found
-        num_more = self._num_stored(fetch, tier, num_known)
-        with self._changed:
+        """Ask one tier what it has of the rest of the run; begin to read that, ask the next one.
+
+        A long run lies in many objects: its first blocks are read while the others are looked for.
+        """
+        tier, since_s = job.tier, time.monotonic()
+        start = fetch.start + fetch.num_found
+        first_end = start + max(1, FIRST_LOOK_UP_BYTES // self._block_bytes)
+        if first_end < len(fetch.chain):
+            num_more = tier.num_stored(fetch.chain[:first_end], start)
+            if num_more == first_end - start:
+                self._found(fetch, tier, num_more)
+                start = first_end
+        num_more = tier.num_stored(fetch.chain, start)
+        self._gate.saw_look_up(tier.url, time.monotonic() - since_s)
+        with self._settling(fetch):
             fetch.jobs.remove(job)
             if fetch.is_done:
                 return
-            try:
-                if num_more:
-                    fetch.sources.append((tier, num_known + num_more))
-                self._decide(fetch)
-                lacks_more = fetch.num_found < len(fetch.hashes) and not fetch.is_cut_short
-                self._ask(fetch, self._tiers.behind(tier) if lacks_more else None)
-            except BaseException:  # whatever happens, nobody may wait for this fetch for ever
-                self._finish(fetch)
-                raise
+            if num_more:
+                fetch.sources.append((tier, fetch.num_found + num_more))
+            self._decide(fetch)
+            lacks_more = fetch.num_found < len(fetch.hashes) and not fetch.is_cut_short
+            self._ask(fetch, self._tiers.behind(tier) if lacks_more else None)
             self._go_on(fetch)
             self._changed.notify_all()
 
+    def _found(self, fetch: Fetch, tier: Tier, num_more: int) -> None:
+        """Begin to read what `tier` has for certain, before all that it has is known."""
+        with self._settling(fetch):
+            if not fetch.is_done:
+                fetch.sources.append((tier, fetch.num_found + num_more))
+                self._decide(fetch)
+                self._go_on(fetch)
+
+    @contextmanager
+    def _settling(self, fetch: Fetch) -> Iterator[None]:
+        """Hold the lock; whatever happens in the block, nobody may wait for `fetch` for ever."""
+        with self._changed:
+            try:
+                yield
+            except BaseException:
+                self._finish(fetch)
+                raise
+
     def _probe(self, fetch: Fetch, job: Job) -> None:
         """Measure how long a tier takes to say what it has; nobody waits for it."""
-        self._num_stored(fetch, job.tier, fetch.num_found)
+        since_s = time.monotonic()
+        job.tier.num_stored(fetch.chain, fetch.start + fetch.num_found)
+        self._gate.saw_look_up(job.tier.url, time.monotonic() - since_s)
         with self._changed:
             fetch.jobs.remove(job)
             if not fetch.is_done:
                 self._go_on(fetch)
-
-    def _num_stored(self, fetch: Fetch, tier: Tier, num_known: int) -> int:
-        since_s = time.monotonic()
-        num_more = tier.num_stored(fetch.chain, fetch.start + num_known)
-        self._gate.saw_look_up(tier.url, time.monotonic() - since_s)
-        return num_more
 
     def _decide(self, fetch: Fetch) -> None:
         """Have what is worth it fetched of all that was found so far; the lock is held.
@@ -240,7 +265,7 @@ class Fetcher:
     def _go_on(self, fetch: Fetch) -> None:
         """Submit the next pieces, or finish when none is left; the lock is held."""
         while not self._is_closed and len(fetch.jobs) < self._pieces_at_once:
-            following = fetch.next_piece()
+            following = fetch.next_piece(self._pieces_at_once)
             if following is None:
                 break
             tier, start, end = following

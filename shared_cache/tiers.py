@@ -101,6 +101,11 @@ class Tier:
         return not (self.store.read_only or self.admission == "never")
 
     @property
+    def blocks_per_read(self) -> int:
+        """The most blocks that one read should ask for, where a run has enough of them."""
+        return self.store.read_bytes // self.store.namespace.layout.block_bytes
+
+    @property
     def read_blocks(self) -> int:
         """Verified blocks that came from here."""
         return self._read_blocks

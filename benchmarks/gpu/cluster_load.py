@@ -87,7 +87,6 @@ def base_config(options: Any, model: ModelSource, store: Path) -> ClusterConfig:
                 "store": f"file://{store}",
                 "host": {"bytes": 1 << 27 if is_dry else options.arena_gib * GIB, "populate": True},
                 "save_queue_bytes": 1 << 26 if is_dry else 8 * GIB,
-                "io_threads": 4 if is_dry else 16,
                 "cost": {"gate": not is_dry},
             },
         }

@@ -60,7 +60,7 @@ PIECES = (256 << 10, 1 << 20, BLOCK_BYTES)
 PROCESSES = ((2, 4), (2, 8), (4, 2), (4, 4), (8, 2))
 """Processes, and threads in each of them."""
 
-IO_THREADS = (4, 8, 16)
+IO_THREADS = (2, 4, 8)
 """Settings of the cache; the last one also loads."""
 
 Case = Callable[[], Took]

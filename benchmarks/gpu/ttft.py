@@ -65,7 +65,6 @@ def cache_config(host: HostConfig, store: Path, *, saves: bool) -> CacheConfig:
         cost=CostConfig(gate=False),
         staging_deadline_s=30.0,
         save_queue_bytes=6 * GIB,
-        io_threads=16,
     )
 
 

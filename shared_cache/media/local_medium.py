@@ -46,6 +46,8 @@ _ALLOCATES_AHEAD = frozenset({"ext4"})
 class LocalMedium(Medium):
     """A folder of a local or mounted disk; keeps up to `spare_bytes` of deleted files for reuse."""
 
+    read_bytes = 64 << 20
+
     def __init__(self, folder: str, spare_bytes: int = 0) -> None:
         super().__init__(folder)
         self._spares = SpareFiles(self.path(SPARE_FOLDER), spare_bytes)

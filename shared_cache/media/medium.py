@@ -103,6 +103,9 @@ class Medium(ABC):
     Names are relative to `folder` and use `/`.
     """
 
+    read_bytes = 0
+    """How much one read should ask for at least, where long reads are no slower than short ones."""
+
     def __init__(self, folder: str) -> None:
         self.folder = folder
 

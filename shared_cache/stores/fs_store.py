@@ -100,6 +100,7 @@ class FsBlockStore(BlockStore):
     ) -> None:
         super().__init__(namespace)
         self.read_only = read_only
+        self.read_bytes = medium.read_bytes
         self.url = url
         self._codec = CodecChoice(codec)
         self._medium = medium

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from threading import Event, Lock
 from typing import Any
 
@@ -19,7 +19,7 @@ from shared_cache.errors import BlockFormatError, CorruptBlockError
 from shared_cache.hashing import BlockHash
 from shared_cache.media.medium import Medium, Reader
 from shared_cache.namespace import Namespace
-from shared_cache.parallel import run_all
+from shared_cache.parallel import MAX_HELPERS, run_all
 from shared_cache.stores import codec
 from shared_cache.stores.codec import RunHead
 from shared_cache.stores.compression import decompress
@@ -106,11 +106,11 @@ def _read_verified(
     waiting, is_over = iter(starts), Event()
     turn: AbstractContextManager[Any] = nullcontext() if is_in_memory else Lock()
 
-    def read_next() -> tuple[int, int]:
+    def read_next() -> tuple[int, int] | None:
         with turn:
-            if is_over.is_set():
-                return len(hashes), 0
-            first = next(waiting)
+            first = None if is_over.is_set() else next(waiting, None)
+            if first is None:
+                return None
             wanted = hashes[first : first + step]
             here = replace(place, row=place.row + first)
             verify = _fill(reader, here, wanted, buffers[first : first + step], is_in_memory)
@@ -119,8 +119,12 @@ def _read_verified(
             is_over.set()
         return first, num_good
 
+    def read_on() -> list[tuple[int, int]]:
+        return list(iter(read_next, None))
+
     num_good = 0
-    for first, num_more in sorted(run_all([read_next] * len(starts))):
+    steps = run_all([read_on] * min(len(starts), 1 + MAX_HELPERS))
+    for first, num_more in sorted(chain.from_iterable(steps)):
         if num_good < first:
             break
         num_good += num_more

@@ -90,6 +90,9 @@ class BlockStore(ABC):
     read_only: bool = False
     """True for a store that may be read but not written; nobody then tries to write."""
 
+    read_bytes: int = 0
+    """Reads of so many bytes are no slower than short ones, and cost their readers less."""
+
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
 

@@ -83,11 +83,11 @@ class IndexMachine(RuleBasedStateMachine):
             assert set(self.index.keys_of(one)) == held
 
 
-IndexMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+IndexMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=25)
 TestIndexMachine = IndexMachine.TestCase
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(holders, st.integers(0, 400), st.booleans()), max_size=60))
 def test_without_room_it_only_ever_believes_too_little(steps):
     index = BlockIndex(60, generation_blocks=8)

@@ -185,5 +185,5 @@ class BookingsMachine(RuleBasedStateMachine):
                 assert view.pending_work_s == view.head_work_s == view.floor_s == 0
 
 
-BookingsMachine.TestCase.settings = settings(deadline=None, max_examples=30, stateful_step_count=25)
+BookingsMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=25)
 TestBookingsMachine = BookingsMachine.TestCase

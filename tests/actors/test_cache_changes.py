@@ -8,7 +8,7 @@ from actors.cache_changes import ChangeLog, Cursor
 keys = st.sets(st.integers(0, 20), max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(keys, keys, st.sampled_from(("told", "lost", "not asked", "cleared")))))
 def test_a_reader_that_loses_messages_ends_with_what_is_there(steps):
     log = ChangeLog("device", "boot-1", max_changes=10)

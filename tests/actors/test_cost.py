@@ -139,7 +139,7 @@ VIEWS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     views=st.lists(VIEWS, min_size=1, max_size=8),
     depths=st.lists(st.tuples(TOKENS, TOKENS), min_size=8, max_size=8),

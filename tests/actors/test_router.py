@@ -489,5 +489,5 @@ class RouterBooks(RuleBasedStateMachine):
             assert one.alive == (one.replica_id in self.alive)
 
 
-RouterBooks.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+RouterBooks.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 TestRouterBooks = RouterBooks.TestCase

@@ -1,6 +1,6 @@
 """Prompt look-up: what is drafted, and when nothing is."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.engines.torch.ngram import PromptLookup
@@ -31,7 +31,6 @@ def test_a_single_token_is_no_match_unless_asked_for() -> None:
     assert PromptLookup(1, [1, 2, 3, 1]).draft(2) == [2, 3]
 
 
-@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 3), max_size=40),
     cuts=st.lists(st.integers(0, 40), max_size=4),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.engine import GenerationRequest, SamplingParams
@@ -45,7 +45,6 @@ def test_a_wide_nucleus_is_ranked_whole() -> None:
     assert len(draws) > 1500  # far beyond the tokens that are ranked at first
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 10**6))
 def test_a_draw_depends_on_seed_and_position_alone(seed: int, position: int) -> None:
     assert 0 <= uniform(seed, position) < 1

@@ -1,7 +1,6 @@
 """The device tier's bookkeeping against a plain model of it."""
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
@@ -80,7 +79,6 @@ class SlotPoolMachine(RuleBasedStateMachine):
             assert (self.pool.match([block_hash]) == 1) == (block_hash in self.content.values())
 
 
-SlotPoolMachine.TestCase.settings = settings(deadline=None)
 TestSlotPool = SlotPoolMachine.TestCase
 
 

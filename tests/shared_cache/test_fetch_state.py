@@ -1,4 +1,4 @@
-"""Who waits for a run is woken when it is decided how much of it arrives, and not before."""
+"""A run on its way: in which pieces it is read, and when who waits for it is woken."""
 
 from unittest.mock import Mock
 
@@ -47,3 +47,25 @@ def test_the_last_block_that_is_awaited_decides_for_all(fetch: Fetch) -> None:
 def test_nothing_is_decided_for_who_wants_more_while_more_may_be_found(fetch: Fetch) -> None:
     assert not fetch.finished(0, 4, PIECE)
     assert fetch.finished(4, 8, PIECE)  # for who wants six
+
+
+@pytest.mark.parametrize(
+    ("blocks_per_read", "num_blocks", "sizes"),
+    [
+        (0, 20, [8, 8, 4]),
+        (16, 20, [10, 8, 2]),  # two jobs share it
+        (16, 100, [16, 16, 16, 16, 16, 10, 8, 2]),
+    ],
+)
+def test_a_tier_that_likes_long_reads_gets_them_while_all_jobs_have_something_to_do(
+    blocks_per_read: int, num_blocks: int, sizes: list[int]
+) -> None:
+    chain = tuple(chain_of(num_blocks).hashes)
+    fetch = Fetch(chain, 0, DEFAULT_SCOPE, deadline_s=0.0, num_prompt_tokens=0)
+    fetch.sources.append((Mock(blocks_per_read=blocks_per_read), num_blocks))
+    fetch.num_wanted = num_blocks
+    found = []
+    while (piece := fetch.next_piece(2)) is not None:
+        _, start, fetch.num_submitted = piece
+        found.append(fetch.num_submitted - start)
+    assert found == sizes

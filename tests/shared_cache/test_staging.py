@@ -1,9 +1,11 @@
 """Staging against stores that work, lie, fail, crawl and hang."""
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -94,6 +96,36 @@ def test_the_tail_of_a_run_is_found_by_who_never_saw_the_run(tmp_path: Path) -> 
     staged = cache.stage(HASHES)
     assert staged.fetched == frozenset(range(5, 20))
     check(cache, staged, 20)
+    cache.close()
+
+
+def test_a_long_run_is_read_while_the_rest_of_it_is_looked_for(
+    store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared_cache.fetching.FIRST_LOOK_UP_BYTES", 5 * BLOCK_BYTES)
+    rest, first_read = Gate(), threading.Event()
+    store.on_match = lambda hashes: rest() if len(hashes) > 5 else None
+    store.on_read = lambda hashes: first_read.set()
+    cache = make_cache(store)
+    with ThreadPoolExecutor(1) as pool:
+        staging = pool.submit(cache.stage, HASHES)
+        rest.wait_entered()
+        assert first_read.wait(WAIT_S)
+        rest.open()
+        check(cache, staging.result(WAIT_S), 20)
+    assert set(store.num_reads.values()) == {1}
+    cache.close()
+
+
+def test_nobody_waits_for_a_run_whose_first_part_could_not_be_decided(
+    store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared_cache.fetching.FIRST_LOOK_UP_BYTES", 5 * BLOCK_BYTES)
+    cache = make_cache(store)
+    monkeypatch.setattr(cache.gate, "blocks_to_load", Mock(side_effect=ZeroDivisionError))
+    began_s = time.monotonic()
+    assert cache.stage(HASHES).num_blocks == 0
+    assert time.monotonic() - began_s < WAIT_S / 2
     cache.close()
 
 
