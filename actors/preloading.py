@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 128 << 20
 """Blocks of so many bytes are loaded at a time: some milliseconds of the link."""
 
-MAX_PARTS = 4
+MAX_PARTS = 6
 """A longer prompt is loaded in larger parts, as each costs the engine's thread some work."""
 
 Staging = Callable[[int], Awaitable[StagedPrefix | None]]

@@ -17,16 +17,17 @@ def block_checksum(block_hash: BlockHash, payload: memoryview) -> int:
     Other threads run meanwhile. `xxh3_64_intdigest`, which looks shorter, keeps the interpreter's
     lock before xxhash 4: an engine would wait for every block that is saved beside it.
     """
-    return xxhash.xxh3_64(payload, seed=_seed(block_hash)).intdigest()
+    return xxhash.xxh3_64(payload, seed=checksum_seed(block_hash)).intdigest()
 
 
 def checksum_of_pieces(block_hash: BlockHash, pieces: Iterable[memoryview]) -> int:
     """`block_checksum` of a payload that comes in pieces; each is read when it is handed over."""
-    digest = xxhash.xxh3_64(seed=_seed(block_hash))
+    digest = xxhash.xxh3_64(seed=checksum_seed(block_hash))
     for piece in pieces:
         digest.update(piece)
     return digest.intdigest()
 
 
-def _seed(block_hash: BlockHash) -> int:
+def checksum_seed(block_hash: BlockHash) -> int:
+    """The seed for the checksum of the block of this name."""
     return int.from_bytes(block_hash[:8], "little")

@@ -67,11 +67,23 @@ class HostConfig(Settings):
         "used: starting takes longer, and no load or save is ever slowed down by that",
     )
 
+    reader_threads: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="threads of a process beside each replica that reads a local tier's blocks "
+        "from the page cache, so that the engine's process need not; 0: none is started; default: "
+        "one for each core, at most 16, where there are at least 8",
+    )
+
     @model_validator(mode="after")
     def _only_an_arena_has_these(self) -> "HostConfig":
         given = [
             name
-            for name in ("name", "folder", "start_owner", "reserve_ahead", "populate")
+            for name in (
+                *("name", "folder", "start_owner", "reserve_ahead", "populate"),
+                "reader_threads",
+            )
             if getattr(self, name) != type(self).model_fields[name].default
         ]
         if self.scope == "process" and given:

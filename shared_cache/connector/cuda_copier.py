@@ -14,13 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from shared_cache.checksum import block_checksum
 from shared_cache.connector.batched import BatchedCopies, MemoryCopy
 from shared_cache.connector.copies import BlockLoad, BlockSave, OnDone, OnFailed
 from shared_cache.connector.pinned import PinnedMemory
+from shared_cache.readers.memory import address_of
 
 
 class CudaCopier:
@@ -100,7 +100,7 @@ class CudaCopier:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(self._save_stream)
         size = self._block_bytes
-        to = [_address(buffer) for buffer, _, _ in copies]
+        to = [address_of(buffer) for buffer, _, _ in copies]
         batch = [(a, self._row(block), size) for a, (_, block, _) in zip(to, copies, strict=True)]
         if not self._pinned.holds_all(to) or not self._batches.enqueue(batch, self._save_stream):
             with torch.cuda.stream(self._save_stream):
@@ -114,7 +114,7 @@ class CudaCopier:
         size = self._block_bytes
         batch: list[MemoryCopy] = []
         for load in loads:
-            base = _address(load.blocks.memory)
+            base = address_of(load.blocks.memory)
             rows = map(self._row, load.device_blocks)
             batch += [
                 (row, base + start, size)
@@ -140,11 +140,6 @@ class CudaCopier:
         """See `BlockCopier.close`."""
         self._end()
         self._thread.join()
-
-
-def _address(buffer: memoryview) -> int:
-    address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
-    return address
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import os
 import stat
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,10 @@ class HeldLock:
                 return lock
             lock.release()  # its last owner removed it while we opened it
 
+    def fileno(self) -> int:
+        """The descriptor of the locked file."""
+        return self._fd
+
     def is_in_place(self) -> bool:
         """Whether the file at the path still is the locked one."""
         if self._fd < 0:
@@ -166,8 +171,16 @@ class ClientFile:
         self._guard = threading.Lock()
         self._has_left = False
 
-    def keep(self) -> None:
+    def lend(self, to: Callable[[int], None]) -> None:
+        """Call `to` with the descriptor of the locked file; nothing happens where there is none."""
+        with self._guard:
+            if self._lock is not None:
+                to(self._lock.fileno())
+
+    def keep(self) -> bool:
         """Have it, whoever may have removed it; raises `OSError` if that cannot be done now.
+
+        Whether it was made anew.
 
         A former one stays locked until the new one is: there is no moment in which we seem dead.
         """
@@ -176,7 +189,7 @@ class ClientFile:
                 raise ConnectionAbortedError("this client has ended")
             former = self._lock
             if former is not None and former.is_in_place():
-                return
+                return False
             self._path.parent.mkdir(mode=0o700, exist_ok=True)
             lock = HeldLock.acquire(self._path)
             if lock is None:
@@ -185,6 +198,7 @@ class ClientFile:
             self._lock = lock
             if former is not None:
                 former.release()
+            return True
 
     def leave(self) -> None:
         """Let go of it for good, and remove it."""

@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,7 @@ from shared_cache.host.record_format import (
     decode_payload_checksum,
 )
 from shared_cache.parallel import run_all
+from shared_cache.readers.memory import address_of
 from shared_cache.threads import IoThreads
 
 MADV_POPULATE_WRITE = 23
@@ -66,6 +68,10 @@ class MappedArena:
         self.num_slots = geometry.num_extents * self.slots_per_extent
         self._arena = map_file(arena_fd, geometry.arena_bytes)
         self._memory = memoryview(self._arena)
+        self.address = address_of(self._memory)
+        self.num_bytes = geometry.arena_bytes
+        self.file = os.dup(arena_fd)
+        weakref.finalize(self, os.close, self.file).atexit = False
         self._records = mmap.mmap(records_fd, geometry.records_bytes, access=mmap.ACCESS_READ)
 
     @classmethod
@@ -91,6 +97,10 @@ class MappedArena:
                 os.close(records_fd)
         finally:
             os.close(arena_fd)
+
+    def holds(self, first: int, last: int) -> bool:
+        """Whether these addresses of this process are the arena's."""
+        return self.address <= first and last <= self.address + self.num_bytes
 
     def numbered(self, slots: Sequence[int]) -> tuple[int, ...]:
         """The owner's slots by the numbers that they have in this process."""

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import register_at_fork
@@ -22,6 +23,7 @@ from shared_cache.errors import ConfigError
 from shared_cache.faults import FaultLog
 from shared_cache.host import protocol as wire
 from shared_cache.host.arena import geometry_for
+from shared_cache.host.arena_reader import ArenaReader
 from shared_cache.host.connection import AwayError, OwnerLink
 from shared_cache.host.folder import ArenaPaths, ClientFile
 from shared_cache.host.holdings import Holdings, Stock
@@ -30,6 +32,7 @@ from shared_cache.host.protocol import pack_hashes
 from shared_cache.host.starting import START_TIMEOUT_S, connect_to_owner, start_owner, try_connect
 from shared_cache.host.stocks import STOCK_PART
 from shared_cache.host.terms import StoreAdmission
+from shared_cache.readers.memory import OutsideBuffers, add_mapped
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class OwnerSession:
         self._faults = faults
         self._holder = secrets.randbits(62) + 1
         self._file = ClientFile(terms.paths.client(self._holder))
+        self._reader = ArenaReader(terms.config)
         self._closing = threading.Event()
         self._has_stock = threading.Event()
         self._thread = threading.Thread(target=self._stay_attached, name="kvcommons-host")
@@ -97,12 +101,14 @@ class OwnerSession:
                 if time.monotonic() > deadline_s:
                     raise ConfigError(f"the owner of {terms.paths.arena}: {error}") from error
         _sessions.add(self)
+        add_mapped(self)
         self._thread.start()
         self._has_stock.wait(STOCK_TIMEOUT_S)
 
     def close(self) -> None:
         """End the session and everything that is held; a second one is a no-op."""
         self._closing.set()
+        self._reader.close()
         self._file.leave()  # first, so that the owner takes the end of the connection for ours
         with self.lock:
             link = self.link
@@ -115,6 +121,10 @@ class OwnerSession:
             self._thread.join(CLOSE_TIMEOUT_S)
         self._file.leave()  # made anew if it was attaching again just now
         self.extents.close()
+
+    def outside(self, addresses: Sequence[int], num_bytes: int) -> OutsideBuffers | None:
+        """See `MappedMemory.outside`; the reader process is started when it is first asked for."""
+        return self._reader.find(self.arenas, addresses, num_bytes, self._file)
 
     def tell_ended(self, released: list[int], cancelled: list[int]) -> None:
         """Tell the owner which leases and reservations have ended; the lock is held."""
@@ -170,7 +180,7 @@ class OwnerSession:
         """
         link = OwnerLink(connected, self._on_tick)
         try:
-            self._file.keep()
+            self._keep_file()
             with self.lock:
                 message = self._introduce()
                 self.link = link  # what ends from now on is told after the answer
@@ -186,6 +196,10 @@ class OwnerSession:
         except BaseException:
             link.end()
             raise
+
+    def _keep_file(self) -> None:
+        if self._file.keep():
+            self._reader.show(self._file)
 
     def _introduce(self) -> wire.Attach:
         """What we hold, to be told; the stock is given up. The lock is held."""
@@ -238,7 +252,7 @@ class OwnerSession:
         if is_asking:
             if not self._closing.is_set():
                 with self._faults.caught("keeping the file that says that this process lives"):
-                    self._file.keep()
+                    self._keep_file()
             try:
                 link.post(wire.Reserve(0, num_slots, num_had), partial(self._add_stock, link))
             except AwayError:
@@ -268,6 +282,7 @@ class OwnerSession:
         if self.link is not None:
             self.link.abandon_in_child()
         self._file.abandon_in_child()
+        self._reader.abandon_in_child()
 
 
 def _abandon_all_in_child() -> None:

@@ -134,7 +134,7 @@ class _LocalReader(Reader):
     """An open file. What `is_in_memory` found not to be there is read around the page cache."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.file = self._descriptor = descriptor
         self._direct: int | None = None
 
     def read(self, start: int, num_bytes: int) -> bytes:

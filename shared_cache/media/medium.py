@@ -78,6 +78,9 @@ class Reader(ABC):
     """How much one `fill` is best asked for: few enough bytes to be in the CPU's cache still when
     they are verified, or, from a distance, enough to have several requests in flight."""
 
+    file: int | None = None
+    """The descriptor of a file that other processes of this machine could read, too."""
+
     @abstractmethod
     def read(self, start: int, num_bytes: int) -> bytes:
         """The bytes from `start`, fewer where the object ends."""

@@ -25,9 +25,7 @@ def engines(make_engine: MakeEngine) -> Iterator[tuple[TorchEngine, TorchEngine]
     )
 
 
-@settings(
-    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     phrase=st.lists(st.integers(3, 258), min_size=1, max_size=8),
     times=st.integers(1, 5),

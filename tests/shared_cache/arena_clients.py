@@ -7,6 +7,7 @@ import json
 import random
 import select
 import sys
+import time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shared_cache.checksum import block_checksum
 from shared_cache.hashing import BlockHash
 from shared_cache.host.interface import HostLease, NewRun
 from shared_cache.host.node import NodeHostTier
+from shared_cache.readers.memory import outside_buffers
 from tests.shared_cache.arenas import (
     ROOT,
     hashes_of,
@@ -50,6 +52,18 @@ def hold(tier: NodeHostTier, seed: int) -> None:
     num_right = sum(is_right(tier, *pair) for pair in zip(hashes, lease.slots, strict=True))
     tier.release(lease)
     _say(right=num_right)
+
+
+def hold_with_reader(tier: NodeHostTier, seed: int) -> None:
+    """Lease 8 blocks, and have a reader process, which is told."""
+    hashes = hashes_of(f"held {seed}", 8)
+    lease = tier.commit(tier.claim(hashes).slots, NewRun(ROOT, tuple(hashes)))
+    reader = tier._session._reader
+    while outside_buffers([tier.buffer(slot) for slot in lease.slots]) is None:
+        time.sleep(0.01)
+    assert reader._process is not None
+    _say(leased=len(lease.slots), reader=reader._process.pid)
+    sys.stdin.read()
 
 
 def churn(tier: NodeHostTier, seed: int) -> None:
@@ -100,5 +114,6 @@ def _bring(tier: NodeHostTier, hashes: list[BlockHash], choose: random.Random) -
 
 if __name__ == "__main__":
     task, folder, name, seed = sys.argv[1:]
-    with open_tier(host_config(Path(folder), name=name)) as tier:
-        {"hold": hold, "churn": churn}[task](tier, int(seed))
+    tasks = {"hold": hold, "hold_with_reader": hold_with_reader, "churn": churn}
+    with open_tier(host_config(Path(folder), name=name, reader_threads=1)) as tier:
+        tasks[task](tier, int(seed))

@@ -19,6 +19,7 @@ from actors.engines.torch.cuda.kernels import (
 from actors.engines.torch.forward import filled_in, logits_of
 from actors.engines.torch.model import LoadedModel
 from actors.engines.torch.pool import PagedPool
+from actors.engines.torch.to_device import send
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class CudaForward:
         block, total = pool.layout.tokens_per_block, len(batch.token_ids)
         tables = page_tables(batch.spans, block, total, num_spans, pool.scratch_slot)
         host = host_inputs(batch.token_ids, tables, batch.chosen_rows)
-        packed = host.to(pool.tensor.device, non_blocking=True)
+        packed = torch.empty_like(host, device=pool.tensor.device)
+        send(host, packed)
         inputs = split_inputs(packed, total, num_spans)
         self._attention.plan(split_inputs(host, total, num_spans), inputs)
         token_ids = filled_in(inputs.token_ids, inputs.chosen_rows, self.chosen)

@@ -16,6 +16,7 @@ from actors.engines.torch.cuda.inputs import host_inputs, split_inputs
 from actors.engines.torch.cuda.kernels import FlashInferAttention
 from actors.engines.torch.forward import filled_in
 from actors.engines.torch.pool import PagedPool, QuerySpan
+from actors.engines.torch.to_device import send
 
 
 class CapturedPass:
@@ -60,7 +61,7 @@ class CapturedPass:
         block, scratch = self._pool.layout.tokens_per_block, self._pool.scratch_slot
         tables = page_tables(batch.spans, block, num_tokens, num_sequences, scratch)
         host = host_inputs(batch.token_ids, tables, batch.chosen_rows)
-        self._numbers[: len(host)].copy_(host, non_blocking=True)
+        send(host, self._numbers[: len(host)])
         self._attention.plan(split_inputs(host, num_tokens, num_sequences), self._inputs)
 
     def _capture(self, decoder: FusedDecoder, memory: Any) -> None:

@@ -1,4 +1,4 @@
-"""A pass's numbers in the device's memory, brought there by one copy.
+"""A pass's numbers in the device's memory, brought there together.
 
 Each small tensor of its own would cost a launch; on a slow host a decoding step would wait longer
 for its inputs than for some of its kernels.

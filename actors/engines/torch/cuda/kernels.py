@@ -86,7 +86,9 @@ class FlashInferAttention:
         """Prepare the next pass: its numbers in pinned memory, and in the device's memory.
 
         The wrapper copies page ids that are not on the device only when the pass that is running
-        has ended, and other numbers that are not pinned perhaps, too.
+        has ended, and other numbers that are not pinned perhaps, too. With fixed inputs its page
+        ids are `inputs` themselves, so it is given none: a copy from the device to itself would
+        stand in line behind a prefix that is being loaded.
         """
         layout = self._layout
         longest = int(host.query_starts.diff().max())
@@ -96,7 +98,7 @@ class FlashInferAttention:
         self._wrapper.plan(
             host.query_starts,
             host.page_starts,
-            inputs.page_ids[: len(host.page_ids)],
+            inputs.page_ids[: len(host.page_ids) if self._fixed is None else 0],
             host.last_page_tokens,
             self._num_heads,
             layout.num_kv_heads,

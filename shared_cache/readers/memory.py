@@ -1,0 +1,60 @@
+"""Which memory of this process a reader process knows, and by which name.
+
+A store is given plain buffers. Where they lie in memory that others map, too, those may fill them.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from shared_cache.readers.messages import Row
+from shared_cache.readers.process import ReaderProcess
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideBuffers:
+    """Buffers as `reader` knows them: each begins at its place in `memory`."""
+
+    reader: ReaderProcess
+    memory: int
+    places: Sequence[int]
+
+    def read(self, file: int, rows: Sequence[Row]) -> bool:
+        """See `ReaderProcess.read`."""
+        return self.reader.read(self.memory, file, rows)
+
+
+class MappedMemory(Protocol):
+    """Memory that a reader process maps, too."""
+
+    def outside(self, addresses: Sequence[int], num_bytes: int) -> OutsideBuffers | None:
+        """Buffers of so many bytes at these addresses; None unless all lie here."""
+
+
+_mapped: "weakref.WeakSet[MappedMemory]" = weakref.WeakSet()
+
+
+def add_mapped(memory: MappedMemory) -> None:
+    """Let buffers be found that lie in this memory, as long as it lives."""
+    _mapped.add(memory)
+
+
+def outside_buffers(buffers: Sequence[memoryview]) -> OutsideBuffers | None:
+    """What a reader process knows of these buffers, which are equally long; None: nothing."""
+    if not _mapped:
+        return None
+    addresses = [address_of(buffer) for buffer in buffers]
+    for memory in list(_mapped):
+        found = memory.outside(addresses, buffers[0].nbytes)
+        if found is not None:
+            return found
+    return None
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where a buffer begins in this process."""
+    address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    return address
