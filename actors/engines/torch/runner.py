@@ -17,7 +17,7 @@ from actors.engines.torch.forward import Forward
 from actors.engines.torch.pass_times import PassTimes
 from actors.engines.torch.pool import PagedPool, QuerySpan
 from actors.engines.torch.scheduled import Scheduled, Turn
-from actors.engines.torch.to_device import to_device
+from actors.engines.torch.to_device import to_device, to_host
 
 Sampler = Callable[[torch.Tensor, int], int]
 """(logits `[vocab]`, position) -> the token for `position`."""
@@ -149,8 +149,7 @@ class Runner:
         self._keep(tokens)
         if not self._is_cuda:
             return LaunchedPass(items, logits, tokens, None, samplers)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
+        host = to_host(tokens)
         is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
         is_there.record()
         return LaunchedPass(items, logits, host, is_there, samplers)

@@ -5,12 +5,15 @@ They are compiled when first used, some minutes in all, and kept by FlashInfer f
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from actors.engines.torch.cuda.inputs import DeviceInputs
 from actors.engines.torch.pool import PagedPool
+from actors.engines.torch.to_device import send
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,9 @@ except ImportError:
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 WORKSPACE_BYTES = 256 << 20
+PLANNED_BYTES = 64 << 10
+"""Room for what is planned of a captured pass, which has at most a few hundred tokens."""
+
 LONG_QUERY = 256
 """From so many new tokens of one sequence on, the kernel for long prompts pays: it splits queries
 over the device, the other one contexts."""
@@ -63,8 +69,9 @@ class FlashInferKernels:
 class FlashInferAttention:
     """Implements `cuda.fused.PoolAttention`: plan a pass, then attend in every layer.
 
-    With `fixed` inputs its size never changes, so that a CUDA graph can replay it. All kernels run
-    on the current stream; `workspace` may be shared by passes that run one after the other.
+    With `fixed` inputs its size never changes, so that a CUDA graph can replay it; the first plan
+    is then of the largest pass. All kernels run on the current stream; `workspace` may be shared by
+    passes that run one after the other.
     """
 
     def __init__(
@@ -80,34 +87,26 @@ class FlashInferAttention:
         self._workspace = workspace
         self._fixed = fixed
         self._wrappers: dict[str, Any] = {}
+        self._beside: _PlannedBeside | None = None
         self._planned = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def plan(self, host: DeviceInputs, inputs: DeviceInputs) -> None:
         """Prepare the next pass: its numbers in pinned memory, and in the device's memory.
 
         The wrapper copies page ids that are not on the device only when the pass that is running
-        has ended, and other numbers that are not pinned perhaps, too. With fixed inputs its page
-        ids are `inputs` themselves, so it is given none: a copy from the device to itself would
-        stand in line behind a prefix that is being loaded.
+        has ended, and other numbers that are not pinned perhaps, too.
         """
-        layout = self._layout
         longest = int(host.query_starts.diff().max())
         self._wrapper = self._wrapper_for(longest)
         self._inputs = inputs
         self._planned.synchronize()  # the wrapper's host memory is used again
-        self._wrapper.plan(
-            host.query_starts,
-            host.page_starts,
-            inputs.page_ids[: len(host.page_ids) if self._fixed is None else 0],
-            host.last_page_tokens,
-            self._num_heads,
-            layout.num_kv_heads,
-            layout.head_dim,
-            layout.tokens_per_block,
-            causal=True,
-            q_data_type=self._layers[0].dtype,
-            max_token_per_sequence=longest,
-        )
+        plan = partial(self._plan, host, inputs, longest)
+        if self._beside is not None:
+            self._beside.plan(plan)
+        else:
+            plan(self._wrapper)
+            if self._fixed is not None:
+                self._beside = _PlannedBeside(self._wrapper, self._workspace, self._fixed, plan)
         self._planned.record()
 
     def attend(
@@ -130,21 +129,75 @@ class FlashInferAttention:
         self._wrapper.run(query, pages, out=output)
         return output
 
+    def _plan(self, host: DeviceInputs, inputs: DeviceInputs, longest: int, wrapper: Any) -> None:
+        layout = self._layout
+        wrapper.plan(
+            host.query_starts,
+            host.page_starts,
+            inputs.page_ids[: len(host.page_ids)],
+            host.last_page_tokens,
+            self._num_heads,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.tokens_per_block,
+            causal=True,
+            q_data_type=self._layers[0].dtype,
+            max_token_per_sequence=longest,
+        )
+
     def _wrapper_for(self, longest: int) -> Any:
         backend = "auto" if self._fixed is None and longest >= LONG_QUERY else "fa2"
         if backend not in self._wrappers:
-            self._wrappers[backend] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-                self._workspace, "HND", backend=backend, **self._fixed_buffers()
-            )
+            self._wrappers[backend] = _wrapper(self._workspace, backend, self._fixed)
         return self._wrappers[backend]
 
-    def _fixed_buffers(self) -> dict[str, Any]:
-        if self._fixed is None:
-            return {}
-        return {
+
+class _PlannedBeside:
+    """Plans for a captured pass that no copy engine is needed for.
+
+    A wrapper copies what it has planned to the device on the current stream; where a prefix is
+    being loaded that takes as long as the load, and the pass waits for it. So another wrapper of
+    the same size plans on a stream of its own, for which nobody waits, into memory that nobody
+    reads; and what it planned is sent from its host memory to where the graph looks for it.
+    """
+
+    def __init__(
+        self,
+        captured: Any,
+        workspace: torch.Tensor,
+        fixed: DeviceInputs,
+        plan: Callable[[Any], None],
+    ) -> None:
+        """`captured` has its first `plan`, which is of the largest pass, and runs in the graph."""
+        unused = DeviceInputs(*(torch.empty_like(getattr(fixed, one)) for one in fixed.__slots__))
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._planner = _wrapper(workspace, "fa2", unused)
+        self._to = captured._int_workspace_buffer
+        with torch.cuda.stream(self._stream):
+            plan(self._planner)
+        self._from = self._planner._pin_memory_int_workspace_buffer
+
+    def plan(self, plan: Callable[[Any], None]) -> None:
+        """As `plan(captured)`, when the last one is on the device."""
+        with torch.cuda.stream(self._stream):
+            plan(self._planner)
+        send(self._from, self._to)
+
+
+def _wrapper(workspace: torch.Tensor, backend: str, fixed: DeviceInputs | None) -> Any:
+    buffers: dict[str, Any] = {}
+    if fixed is not None:
+        buffers = {
             "use_cuda_graph": True,
-            "qo_indptr_buf": self._fixed.query_starts,
-            "paged_kv_indptr_buf": self._fixed.page_starts,
-            "paged_kv_indices_buf": self._fixed.page_ids,
-            "paged_kv_last_page_len_buf": self._fixed.last_page_tokens,
+            "qo_indptr_buf": fixed.query_starts,
+            "paged_kv_indptr_buf": fixed.page_starts,
+            "paged_kv_indices_buf": fixed.page_ids,
+            "paged_kv_last_page_len_buf": fixed.last_page_tokens,
         }
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        workspace, "HND", backend=backend, **buffers
+    )
+    if fixed is not None:
+        planned = torch.empty(PLANNED_BYTES, dtype=torch.uint8, device=workspace.device)
+        wrapper.reset_workspace_buffer(workspace, planned)
+    return wrapper
