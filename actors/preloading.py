@@ -14,10 +14,10 @@ from shared_cache.prefix_cache import PrefixCache, StagedPrefix
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 128 << 20
+PART_BYTES = 160 << 20
 """Blocks of so many bytes are loaded at a time: some milliseconds of the link."""
 
-MAX_PARTS = 6
+MAX_PARTS = 8
 """A longer prompt is loaded in larger parts, as each costs the engine's thread some work."""
 
 Staging = Callable[[int], Awaitable[StagedPrefix | None]]
