@@ -39,6 +39,7 @@ PHASES = {
     ),
     "read": ("_LocalReader.fill",),
     "hash": ("checksum_of_pieces", "block_checksum"),
+    "read by the reader process": ("ReaderProcess.read",),
     "share among helpers": ("run_all",),
     "store, the rest": ("FsBlockStore.read_into",),
     "tier, the rest": ("Tier.read_into",),

@@ -23,7 +23,7 @@ def read_parts(folder: Path, machine: str) -> dict[str, dict[str, Any]]:
 def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The figures; None for what was not measured."""
     link, ttft = parts["link"], parts["ttft"]
-    decode = parts["decode"]["decode"]
+    decode, itl = parts["decode"]["decode"], parts["itl"]["itl"]
     return {
         "hardware": ttft["device"],
         "commit": ttft["commit"],
@@ -37,6 +37,7 @@ def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "ttft_ms": ttft["ttft_ms"],
         "common_prefix_min": ttft["common_prefix_min"],
         "itl_p99_ratio": round(parts["itl"]["itl_p99_ratio"], 3),
+        "itl_p99_ratio_of_copies": round(itl["loads"]["p99_ms"] / itl["device"]["p99_ms"], 3),
         "decode_ms": {batch: round(one["median_ms"], 2) for batch, one in decode.items()},
         "ngram_speedup": parts.get("ngram", {}).get("ngram_speedup"),
         "parts": {

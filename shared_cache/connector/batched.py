@@ -18,6 +18,9 @@ try:
 except ImportError:
     runtime = None
 
+COPIES_AT_ONCE = 64
+"""The device begins with the first of them while the others are still being handed over."""
+
 MemoryCopy = tuple[int, int, int]
 """Address to copy to, address to copy from, bytes; each in pinned host or in device memory."""
 
@@ -36,10 +39,14 @@ class BatchedCopies:
     def enqueue(self, copies: Sequence[MemoryCopy], stream: torch.cuda.Stream) -> bool:
         """Enqueue these copies on `stream`, in any order; False when the driver has no such call.
 
-        Returns before they are done. Nothing was enqueued when it is False.
+        Returns before they are done. When it is False, all are to be made in another way.
         """
-        if not self._is_there or not copies:
-            return not copies
+        batches = range(0, len(copies), COPIES_AT_ONCE)
+        return all(self._enqueue(copies[i : i + COPIES_AT_ONCE], stream) for i in batches)
+
+    def _enqueue(self, copies: Sequence[MemoryCopy], stream: torch.cuda.Stream) -> bool:
+        if not self._is_there:
+            return False
         to, sources, sizes = zip(*copies, strict=True)
         try:
             result = runtime.cudaMemcpyBatchAsync(

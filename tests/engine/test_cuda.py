@@ -139,14 +139,22 @@ def test_all_ways_compute_the_same(way: str, folder: Path, exact: list[torch.Ten
 
 
 @with_flashinfer
-async def test_answers_do_not_depend_on_graphs_or_company(make_gpu_engine: Any) -> None:
-    """In bfloat16 a batch may round otherwise, so most of each answer must agree, not all of it."""
+async def test_the_next_token_hardly_depends_on_graphs_or_company(make_gpu_engine: Any) -> None:
+    """In bfloat16 a batch may round otherwise, and a random model's likeliest tokens are near ties:
+    a few of a hundred differ, after which answers go their own ways. So each step is asked alone.
+    """
     plain = make_gpu_engine(cuda_graph_config=None)
     graphs = make_gpu_engine(cuda_graph_config=CudaGraphConfig(max_num_tokens=64))
-    wanted = [request(prompt(40 + 37 * i, i), 24) for i in range(6)]
-    alone = [await tokens(plain, one) for one in wanted]
-    together = await asyncio.gather(*[tokens(graphs, one) for one in wanted])
-    assert sum(common(a, b) for a, b in zip(alone, together, strict=True)) > 0.75 * 24 * 6
+    steps, expected = [], []
+    for i in range(6):
+        beginning = prompt(40 + 37 * i, i)
+        answer = await tokens(plain, request(beginning, 24))
+        for end in range(0, 24, 3):
+            steps.append(request([*beginning, *answer[:end]], 1, f"{i}-{end}"))
+            expected.append(answer[end : end + 1])
+    found = await asyncio.gather(*[tokens(graphs, one) for one in steps])
+    num_equal = sum(a == b for a, b in zip(found, expected, strict=True))
+    assert num_equal > 0.8 * len(steps)
 
 
 @with_flashinfer
