@@ -13,6 +13,9 @@ from shared_cache.shortfalls import Shortfall
 from shared_cache.tier_speeds import TierBlocks
 from shared_cache.tiers import Tier
 
+MOST_BLOCKS_PER_PIECE = 4 * BLOCKS_PER_PIECE
+"""Another process that wants one of these blocks waits for all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -33,6 +36,7 @@ class Job:
     """Something asked of a tier, and the thread that does it once it has begun."""
 
     tier: Tier
+    is_read: bool = False
     thread: threading.Thread | None = None
 
     def run(self, step: Callable[..., None], fetch: "Fetch", *args: Piece) -> None:
@@ -103,21 +107,25 @@ class Fetch:
         """Leading blocks that some tier has."""
         return self.sources[-1][1] if self.sources else 0
 
-    def undecided(self) -> list[TierBlocks]:
-        """Where the blocks are that were found and are not worth fetching so far."""
-        parts, start = [], self.num_worth
+    def to_come(self) -> list[TierBlocks]:
+        """Where the blocks are that were found and have not arrived yet."""
+        parts, start = [], self.num_arrived
         for tier, end in self.sources:
             if end > start:
-                parts.append(TierBlocks(tier.url, end - start, tier.num_in_flight))
+                num_own = sum(job.is_read and job.tier is tier for job in self.jobs)
+                num_others = max(0, tier.num_in_flight - num_own)
+                parts.append(TierBlocks(tier.url, end - start, num_others))
                 start = end
         return parts
 
     def decided(self, decision: GateDecision, now_s: float) -> None:
-        """So many of the `undecided` blocks are worth it."""
-        self.num_worth += decision.num_blocks
-        num_wanted = self.num_worth + decision.num_probe_blocks
+        """So many of the blocks `to_come` are worth it; what was worth it before stays so."""
+        num_worth = max(self.num_worth, self.num_arrived + decision.num_blocks)
+        num_wanted = num_worth + decision.num_probe_blocks
         self.num_wanted = max(self.num_wanted, min(num_wanted, self.num_found))
-        self.decisions.append(Decided(decision, now_s, self.num_worth))
+        if num_worth > self.num_worth:
+            self.decisions.append(Decided(decision, now_s, num_worth))
+            self.num_worth = num_worth
 
     def is_decided(self, num_blocks: int) -> bool:
         """Whether it is known how many of the first `num_blocks` blocks arrive."""
@@ -128,16 +136,19 @@ class Fetch:
     def next_piece(self, num_at_once: int) -> tuple[Tier, int, int] | None:
         """The tier and the place of the next blocks to read; None when there are none now.
 
-        A tier that likes long reads gets them, as each costs questions to the host tier, but all of
-        `num_at_once` jobs get something to do.
+        A tier that likes long reads gets them, as each costs questions to the host tier; but all of
+        `num_at_once` jobs get something to do, and the first reads are short, for who has not the
+        time for more.
         """
         start = self.num_submitted
         if start >= self.num_wanted:
             return None
         tier, end = next((tier, end) for tier, end in self.sources if end > start)
         end = min(end, self.num_wanted)
-        fair_share = -(-(end - start) // num_at_once)
-        size = max(BLOCKS_PER_PIECE, min(fair_share, tier.blocks_per_read))
+        size = BLOCKS_PER_PIECE
+        if start >= num_at_once * BLOCKS_PER_PIECE:
+            fair_share = -(-(end - start) // num_at_once)
+            size = max(size, min(fair_share, tier.blocks_per_read, MOST_BLOCKS_PER_PIECE))
         return tier, start, min(start + size, end)
 
     def finished(self, start: int, end: int, num_here: int) -> bool:

@@ -101,6 +101,8 @@ class Fetcher:
             for fetch in begun:
                 self._ask(fetch, nearest)
                 self._go_on(fetch)
+            if begun:
+                self._changed.notify_all()  # see `coming`
             return tickets
 
     def coming(self, chain: Sequence[BlockHash], start: int) -> list[Ticket]:
@@ -164,7 +166,7 @@ class Fetcher:
         """
         if tier is None:
             return False
-        job = Job(tier)
+        job = Job(tier, is_read=bool(args))
         if not tier.threads.submit(partial(job.run, step, fetch, *args)):
             return False
         fetch.jobs.append(job)
@@ -196,14 +198,12 @@ class Fetcher:
         """
         tier, since_s = job.tier, time.monotonic()
         start = fetch.start + fetch.num_found
-        first_end = start + max(1, FIRST_LOOK_UP_BYTES // self._block_bytes)
-        if first_end < len(fetch.chain):
-            num_more = tier.num_stored(fetch.chain[:first_end], start)
-            if num_more == first_end - start:
-                self._found(fetch, tier, num_more)
-                start = first_end
-        num_more = tier.num_stored(fetch.chain, start)
+        num_first = max(1, FIRST_LOOK_UP_BYTES // self._block_bytes)
+        num_more = tier.num_stored(fetch.chain[: start + num_first], start)
         self._gate.saw_look_up(tier.url, time.monotonic() - since_s)
+        if num_more == num_first:
+            self._found(fetch, tier, num_more)
+            num_more = tier.num_stored(fetch.chain, start + num_first)
         with self._settling(fetch):
             fetch.jobs.remove(job)
             if fetch.is_done:
@@ -248,15 +248,15 @@ class Fetcher:
         """Have what is worth it fetched of all that was found so far; the lock is held.
 
         Few blocks of a near tier may be worth it only with the many behind them in a far one, or
-        only for somebody who has more time and joined meanwhile.
+        only for somebody who has more time and joined meanwhile. What is on its way already counts
+        once more: it takes of the time that is left.
         """
-        available = fetch.undecided()
-        if fetch.is_cut_short or not available:
+        if fetch.is_cut_short or fetch.num_found <= fetch.num_worth:
             return
         now_s = time.monotonic()
         decision = self._gate.blocks_to_load(
-            fetch.start + fetch.num_worth,
-            available,
+            fetch.start + fetch.num_arrived,
+            fetch.to_come(),
             fetch.num_prompt_tokens,
             deadline_s=max(0.0, fetch.deadline_s - now_s),
         )

@@ -7,6 +7,7 @@ was killed before its reader has ended as well, which may be in the middle of a 
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 
 from shared_cache.config import HostConfig
@@ -17,6 +18,9 @@ from shared_cache.readers.process import ReaderProcess, num_threads_for
 from shared_cache.threads import start_daemon
 
 logger = logging.getLogger(__name__)
+
+RESTART_S = 30.0
+"""One that has ended is started again so much later, when it would be of use."""
 
 
 class ArenaReader:
@@ -42,16 +46,34 @@ class ArenaReader:
         arena = next((one for one in arenas if one.holds(first, last)), None)
         if arena is None:
             return None
-        process = self._process
+        process = self._usable(file)
         if process is None:
-            if self._is_wanted:
-                self._is_wanted = False
-                start_daemon(lambda: self._start(file), "kvcommons-start-reader")
-            return None
-        if not process.is_usable:
             return None
         memory = process.memory(arena.boot, arena.file, arena.num_bytes, populate=self._populate)
         return OutsideBuffers(process, memory, [one - arena.address for one in addresses])
+
+    def forget(self, arena: MappedArena) -> None:
+        """Nobody reads into this arena any more."""
+        process = self._process
+        if process is not None:
+            process.forget(arena.boot)
+
+    def _usable(self, file: ClientFile) -> ReaderProcess | None:
+        process = self._process
+        if process is not None and process.is_usable:
+            return process
+        if self._is_due(process):
+            with self._lock:
+                if self._process is process and self._is_due(process):
+                    self._is_wanted, self._process = False, None
+                    start_daemon(lambda: self._start(file), "kvcommons-start-reader")
+        return None
+
+    def _is_due(self, process: ReaderProcess | None) -> bool:
+        """Whether one is to be started now: the first one, or another one after `process`."""
+        if not self._num_threads or process is None:
+            return self._is_wanted
+        return process.ended_s is not None and time.monotonic() - process.ended_s > RESTART_S
 
     def show(self, file: ClientFile) -> None:
         """The client's file is another one now."""
@@ -64,8 +86,9 @@ class ArenaReader:
         with self._lock:
             self._is_wanted = False
             self._num_threads = 0
-            if self._process is not None:
-                self._process.close()
+            process = self._process
+        if process is not None:
+            process.close()
 
     def abandon_in_child(self) -> None:
         """In a forked child: the process is the parent's."""
@@ -80,9 +103,11 @@ class ArenaReader:
             if not self._num_threads:
                 return
             try:
-                process = ReaderProcess(self._num_threads)
+                # Known before it is started: a child that is forked meanwhile lets go of it, too.
+                self._process = ReaderProcess(self._num_threads)
+                self._process.start()
             except OSError as error:
                 logger.warning("no reader process: blocks are read in this one (%s)", error)
+                self._process = None
                 return
-            file.lend(process.hold)
-            self._process = process
+            file.lend(self._process.hold)

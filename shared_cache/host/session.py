@@ -133,7 +133,10 @@ class OwnerSession:
         if len(self.arenas) > 1:
             uses = self.holdings.uses
             others = [arena for arena in self.arenas[1:] if uses(arena.base, arena.end)]
+            gone = [arena for arena in self.arenas[1:] if arena not in others]
             self.arenas = [self.arenas[0], *others]
+            for arena in gone:
+                self._reader.forget(arena)
 
     def _wired(self, slots: list[int]) -> list[int]:
         base = self.arenas[0].base

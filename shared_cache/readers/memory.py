@@ -3,6 +3,7 @@
 A store is given plain buffers. Where they lie in memory that others map, too, those may fill them.
 """
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,19 +36,21 @@ class MappedMemory(Protocol):
 
 
 _mapped: "weakref.WeakSet[MappedMemory]" = weakref.WeakSet()
+_lock = threading.Lock()
 
 
 def add_mapped(memory: MappedMemory) -> None:
     """Let buffers be found that lie in this memory, as long as it lives."""
-    _mapped.add(memory)
+    with _lock:
+        _mapped.add(memory)
 
 
 def outside_buffers(buffers: Sequence[memoryview]) -> OutsideBuffers | None:
     """What a reader process knows of these buffers, which are equally long; None: nothing."""
-    if not _mapped:
-        return None
-    addresses = [address_of(buffer) for buffer in buffers]
-    for memory in list(_mapped):
+    with _lock:
+        known = list(_mapped)
+    addresses = [address_of(buffer) for buffer in buffers] if known else []
+    for memory in known:
         found = memory.outside(addresses, buffers[0].nbytes)
         if found is not None:
             return found

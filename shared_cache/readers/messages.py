@@ -9,6 +9,9 @@ import msgspec
 
 MAX_MESSAGE_BYTES = 1 << 17
 
+MAX_ROWS = 1024
+"""Of one message: less than half of that, and of what a socket takes at once."""
+
 GOOD = 1
 """The answer for a block that is there and verified; anything else is looked at by who asked."""
 
@@ -26,6 +29,12 @@ class UseMemory(Message):
     memory: int
     num_bytes: int
     populate: bool
+
+
+class Forget(Message):
+    """`memory` is not used any more."""
+
+    memory: int
 
 
 class Hold(Message):
@@ -54,7 +63,7 @@ class Ready(Message):
     """The process can be asked."""
 
 
-ToReader: TypeAlias = UseMemory | Hold | Read
+ToReader: TypeAlias = UseMemory | Forget | Hold | Read
 FromReader: TypeAlias = Done | Ready
 
 encode = msgspec.msgpack.Encoder().encode

@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +22,9 @@ import msgspec
 from shared_cache.readers.messages import (
     GOOD,
     MAX_MESSAGE_BYTES,
+    MAX_ROWS,
     Done,
+    Forget,
     Hold,
     Message,
     Read,
@@ -36,7 +40,10 @@ MAX_THREADS = 16
 MIN_CORES = 8
 """With fewer cores there are none for a process beside the engine, and nothing was gained."""
 
-END_TIMEOUT_S = 2.0
+HANGS_S = 3.0
+"""A piece takes it some milliseconds, and a store call that hangs much longer is noticed anyway."""
+
+END_TIMEOUT_S = 1.0
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -58,113 +65,161 @@ class _Call:
 
 
 class ReaderProcess:
-    """Thread-safe. Nothing here raises for the process: it is not usable then."""
+    """Thread-safe. Nothing here raises for the process: it is not usable then, and ended."""
 
     def __init__(self, num_threads: int) -> None:
-        """Starts it; it is usable a moment later."""
+        """`start` must follow."""
         self.is_usable = False
-        self._lock = threading.Lock()
+        self.ended_s: float | None = None
+        self._num_threads = num_threads
+        self._lock = threading.RLock()
         self._calls: dict[int, _Call] = {}
         self._memories: dict[bytes, int] = {}
-        self._last_id = 0
-        self._is_ended = False
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = _start(theirs.fileno(), num_threads)
+        self._last_id = self._last_memory = 0
+        self._is_closed = False
+        self._heard_s = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._thread = threading.Thread(target=self._hear, name="kvcommons-reader", daemon=True)
+
+    def start(self) -> None:
+        """Start the process; it is usable a moment later. Raises `OSError` where there is none."""
+        try:
+            with self._theirs:
+                self._process = _start(self._theirs.fileno(), self._num_threads)
+        except OSError:
+            self._socket.close()
+            raise
         self._thread.start()
 
     @property
     def pid(self) -> int:
         """The number of the process."""
+        assert self._process is not None
         return self._process.pid
 
     def hold(self, file: int) -> None:
         """See `Hold`."""
-        self._tell(Hold(), file)
+        with self._lock:
+            self._tell(Hold(), file)
 
     def memory(self, name: bytes, file: int, num_bytes: int, *, populate: bool) -> int:
         """The number by which the process knows the memory `name`, which is told it if need be."""
         with self._lock:
             number = self._memories.get(name)
             if number is None:
-                number = self._memories[name] = len(self._memories)
-                self._send(UseMemory(number, num_bytes, populate), file)
+                self._last_memory += 1
+                number = self._memories[name] = self._last_memory
+                self._tell(UseMemory(number, num_bytes, populate), file)
         return number
 
-    def read(self, memory: int, file: int, rows: Sequence[Row]) -> bool:
-        """Whether all of these blocks are in memory now, verified. Waits as long as it takes.
+    def forget(self, name: bytes) -> None:
+        """Have memory forgotten that nobody reads into any more."""
+        with self._lock:
+            number = self._memories.pop(name, None)
+            if number is not None:
+                self._tell(Forget(number))
 
-        So nobody writes there any more when it is False.
+    def read(self, memory: int, file: int, rows: Sequence[Row]) -> bool:
+        """Whether all of these blocks are in memory now, verified.
+
+        When it is False nobody writes there any more. Who gives no sign of life for `HANGS_S` while
+        something is asked of it is ended first.
         """
+        parts = [rows[start : start + MAX_ROWS] for start in range(0, len(rows), MAX_ROWS)]
+        return all(self._read(memory, file, part) for part in parts)
+
+    def close(self) -> None:
+        """End the process, and wait until it has ended; a second one is a no-op."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._hang_up()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def abandon_in_child(self) -> None:
+        """In a forked child: let go of the parent's connection without a word."""
+        self._lock = threading.RLock()
+        self._is_closed = True
+        self.is_usable = False
+        self._socket.close()
+        self._theirs.close()
+
+    def _read(self, memory: int, file: int, rows: Sequence[Row]) -> bool:
         call = _Call()
         with self._lock:
             if not self.is_usable:
                 return False
             self._last_id += 1
-            self._calls[self._last_id] = call
-            self._send(Read(self._last_id, memory, list(rows)), file)
-        call.done.wait()
+            number = self._last_id
+            if not self._send(Read(number, memory, list(rows)), file):
+                return False  # it has more to do than it can hear of
+            self._calls[number] = call
+        sign_s = time.monotonic()
+        while not call.done.wait(HANGS_S):
+            if self._heard_s <= sign_s:
+                logger.warning("the reader process hangs, and is ended")
+                self._hang_up()
+                call.done.wait()  # until it has ended
+            sign_s = self._heard_s
         return call.results is not None and call.results.count(GOOD) == len(rows)
 
-    def close(self) -> None:
-        """End the process, and wait until it has ended; a second one is a no-op."""
-        with self._lock:
-            if self._is_ended:
-                return
-            self._is_ended = True
-        with suppress(OSError):
+    def _tell(self, message: Message, *files: int) -> None:
+        """Send what must be known; whom it cannot be told is of no use. The lock is held."""
+        if not self._send(message, *files):
+            self.is_usable = False
+            self._hang_up()
+
+    def _send(self, message: Message, *files: int) -> bool:
+        """Whether the socket took it; never waits. The lock is held."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", files))] if files else []
+        try:  # not `socket.send_fds`, which forgets its flags
+            self._socket.sendmsg([encode(message)], rights, socket.MSG_DONTWAIT)
+        except OSError as error:
+            logger.debug("the reader process could not be told: %s", error)
+            return False
+        return True
+
+    def _hang_up(self) -> None:
+        with self._lock, suppress(OSError):  # it has gone already; `_hear` notices in any case
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._socket.close()
-
-    def abandon_in_child(self) -> None:
-        """In a forked child: let go of the parent's connection without a word."""
-        self._lock = threading.Lock()
-        self._is_ended = True
-        self.is_usable = False
-        self._socket.close()
-
-    def _tell(self, message: Message, file: int) -> None:
-        with self._lock:
-            self._send(message, file)
-
-    def _send(self, message: Message, file: int) -> None:
-        """The lock is held."""
-        with suppress(OSError):  # it has gone; `_hear` notices
-            socket.send_fds(self._socket, [encode(message)], [file])
 
     def _hear(self) -> None:
         try:
             while data := self._socket.recv(MAX_MESSAGE_BYTES):
                 message = replica_decoder.decode(data)
+                self._heard_s = time.monotonic()
                 if isinstance(message, Done):
                     with self._lock:
                         call = self._calls.pop(message.id)
                     call.results = message.results
                     call.done.set()
                 else:
-                    self.is_usable = not self._is_ended
+                    self.is_usable = not self._is_closed
         except (OSError, KeyError, msgspec.DecodeError):
             logger.debug("the connection to the reader process broke", exc_info=True)
         self._end()
 
     def _end(self) -> None:
-        """After the process has ended, which is seen to: then whoever waits reads by himself."""
+        """See to it that the process ends; then whoever waits reads by himself."""
+        assert self._process is not None
         with self._lock:
             self.is_usable = False
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if not self._is_ended:
+        if not self._is_closed:
             logger.warning("the reader process has ended: blocks are read in this process now")
         with self._lock:
+            self._socket.close()
             calls = list(self._calls.values())
             self._calls.clear()
+            self.ended_s = time.monotonic()
         for call in calls:
             call.done.set()
 
@@ -176,5 +231,6 @@ def _start(file: int, num_threads: int) -> "subprocess.Popen[bytes]":
         stdin=subprocess.DEVNULL,
         pass_fds=[file],
         cwd="/",
+        start_new_session=True,  # the terminal's Ctrl-C is for the replica
         env={**os.environ, "PYTHONPATH": search_path},
     )

@@ -7,10 +7,10 @@ What may not be told here, as that a file cannot be read, is found out by who as
 import mmap
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 
 import xxhash
@@ -19,6 +19,7 @@ from shared_cache.readers.messages import (
     GOOD,
     MAX_MESSAGE_BYTES,
     Done,
+    Forget,
     Message,
     Read,
     Ready,
@@ -52,7 +53,7 @@ class _Request:
 
     def run(self, index: int) -> Done | None:
         """Read one row; the answer, after the last one."""
-        with suppress(OSError, ValueError):  # who asked reads it again, and meets the error there
+        with suppress(Exception):  # who asked reads it again, and meets the error there
             self._results[index] = GOOD if self._is_good(self._rows[index]) else 0
         with self._lock:
             self._num_left -= 1
@@ -91,12 +92,16 @@ class Reader:
             data, files, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE_BYTES, 1)
             if not data:
                 return
-            self._handle(reader_decoder.decode(data), files)
+            message = reader_decoder.decode(data)
+            if isinstance(message, Forget):
+                del self._memories[message.memory]
+            else:
+                self._handle(message, *files)
 
-    def _handle(self, message: Message, files: Sequence[int]) -> None:
-        (file,) = files
+    def _handle(self, message: Message, file: int) -> None:
         if isinstance(message, Read):
-            request = _Request(message, file, self._memories[message.memory])
+            memory = self._memories.get(message.memory, memoryview(b""))
+            request = _Request(message, file, memory)
             for index in range(len(message.rows)):
                 self._waiting.put((request, index))
         elif isinstance(message, UseMemory):
@@ -141,6 +146,7 @@ def main() -> None:
     Who owns the arena and who computes go first: they have little to do, and much waits for it.
     """
     os.nice(LESS_URGENT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the replica decides when it ends
     Reader(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])).serve()
     os._exit(0)
 

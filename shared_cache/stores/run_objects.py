@@ -36,6 +36,9 @@ pieces, that limits: fewer of them were twice as fast on 16 cores."""
 MIN_BYTES_OUTSIDE = 4 << 20
 """Fewer are copied sooner than another process is asked."""
 
+MIN_BLOCK_BYTES_OUTSIDE = 256 << 10
+"""Smaller blocks are copied several at a time here, and one by one there."""
+
 _OBJECT_NAME = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.arrow")
 
 
@@ -143,6 +146,7 @@ def _is_read_outside(
     """Have a reader process do it, if there is one; False: not all blocks are there, look again."""
     block_bytes = buffers[0].nbytes
     is_worth_it = len(hashes) * block_bytes >= MIN_BYTES_OUTSIDE
+    is_worth_it &= block_bytes >= MIN_BLOCK_BYTES_OUTSIDE
     if not is_worth_it or reader.file is None or place.head.ends:
         return False
     outside = outside_buffers(buffers)

@@ -53,8 +53,9 @@ def test_nothing_is_decided_for_who_wants_more_while_more_may_be_found(fetch: Fe
     ("blocks_per_read", "num_blocks", "sizes"),
     [
         (0, 20, [8, 8, 4]),
-        (16, 20, [10, 8, 2]),  # two jobs share it
-        (16, 100, [16, 16, 16, 16, 16, 10, 8, 2]),
+        (16, 20, [8, 8, 4]),
+        (16, 100, [8, 8, 16, 16, 16, 16, 10, 8, 2]),  # two jobs share what is left
+        (500, 200, [8, 8, 32, 32, 32, 32, 28, 14, 8, 6]),
     ],
 )
 def test_a_tier_that_likes_long_reads_gets_them_while_all_jobs_have_something_to_do(

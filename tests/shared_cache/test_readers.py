@@ -1,11 +1,15 @@
 """The process that reads beside its replica: what it brings is right, and it may die any time."""
 
+import json
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +26,26 @@ from shared_cache.staging import SharedCache
 from shared_cache.stores import run_objects
 from shared_cache.stores.fs_store import open_store
 from tests.shared_cache.arenas import (
+    WAIT_S,
     await_true,
     client_process,
     host_config,
     memory_folder,
     open_tier,
+    paths_of,
     running_owner,
 )
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, payload_of, run_of
 
 BIG = (2 << 20) + 4096  # two whole steps of the worker, and a part of one
+SMALL = 64
 NAMES = [BlockHash(bytes([number]) * 32) for number in range(6)]
 
 
 @pytest.fixture
 def reader() -> Iterator[ReaderProcess]:
     reader = ReaderProcess(2)
+    reader.start()
     await_true(lambda: reader.is_usable)
     yield reader
     reader.close()
@@ -60,6 +68,12 @@ class Memory:
         name = NAMES[number]
         checksum = block_checksum(name, memoryview(self.blocks[number]))
         return 4 + number * BIG, place * BIG, BIG, checksum_seed(name), checksum
+
+    def small_row(self, place: int) -> Row:
+        """The first bytes of the first block, to the `place`th place of so many bytes."""
+        name = NAMES[0]
+        checksum = block_checksum(name, memoryview(self.blocks[0][:SMALL]))
+        return 4, place * SMALL, SMALL, checksum_seed(name), checksum
 
     def at(self, place: int) -> bytes:
         return self.mapping[place * BIG : (place + 1) * BIG]
@@ -99,7 +113,10 @@ def test_many_ask_at_once(reader: ReaderProcess, memory: Memory) -> None:
     assert [memory.at(number) for number in range(6)] == memory.blocks
 
 
-@pytest.mark.parametrize("fault", ["another checksum", "cut short", "unreadable", "no such place"])
+FAULTS = ["another checksum", "cut short", "unreadable", "no such place", "no number of a place"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_not_right_is_said_to_be_missing(
     fault: str, reader: ReaderProcess, memory: Memory
 ) -> None:
@@ -111,6 +128,8 @@ def test_what_is_not_right_is_said_to_be_missing(
         start += 5 * BIG
     elif fault == "no such place":
         place = 8 * BIG
+    elif fault == "no number of a place":
+        start = 1 << 63
     else:
         file = os.open("/", os.O_RDONLY)
     rows = [memory.row(0, 0), (start, place, num_bytes, seed, checksum)]
@@ -121,24 +140,106 @@ def test_what_is_not_right_is_said_to_be_missing(
     assert memory.at(2) == memory.blocks[2]
 
 
-def test_who_waits_for_a_process_that_dies_is_told(reader: ReaderProcess, memory: Memory) -> None:
-    number, answers = memory.number_in(reader), list[bool]()
+def asked_a_stopped_one(reader: ReaderProcess, memory: Memory) -> "Future[bool]":
+    """A read that is under way in a process that does nothing."""
+    number = memory.number_in(reader)
+    assert reader.read(number, memory.file, [memory.row(0, 0)])  # the memory is known there
     os.kill(reader.pid, signal.SIGSTOP)
-    ask = threading.Thread(
-        target=lambda: answers.append(reader.read(number, memory.file, [memory.row(0, 0)]))
-    )
-    ask.start()
+    pool = ThreadPoolExecutor(1)
+    answer = pool.submit(reader.read, number, memory.file, [memory.row(0, 0)])
+    pool.shutdown(wait=False)
+    await_true(lambda: reader._calls)
+    return answer
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_who_waits_for_a_process_that_dies_is_told(reader: ReaderProcess, memory: Memory) -> None:
+    answer = asked_a_stopped_one(reader, memory)
     os.kill(reader.pid, signal.SIGKILL)
-    ask.join(10)
-    assert answers == [False]
+    assert answer.result(WAIT_S) is False
     assert not reader.is_usable
-    assert not reader.read(number, memory.file, [memory.row(0, 0)])
+    assert not reader.read(memory.number_in(reader), memory.file, [memory.row(0, 0)])
+
+
+def test_one_that_hangs_is_ended_before_its_caller_goes_on(
+    reader: ReaderProcess, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared_cache.readers.process.HANGS_S", 0.2)
+    answer = asked_a_stopped_one(reader, memory)
+    assert answer.result(WAIT_S) is False
+    assert not is_alive(reader.pid)
+    assert reader.ended_s is not None
+
+
+def test_closing_ends_one_that_hangs(reader: ReaderProcess, memory: Memory) -> None:
+    answer = asked_a_stopped_one(reader, memory)
+    reader.close()
+    assert answer.result(WAIT_S) is False
+    assert not is_alive(reader.pid)
+
+
+def test_more_than_the_socket_takes_is_refused_at_once(
+    reader: ReaderProcess, memory: Memory
+) -> None:
+    number, row = memory.number_in(reader), memory.small_row(0)
+    answer = asked_a_stopped_one(reader, memory)
+    with ThreadPoolExecutor(64) as pool:
+        asked = [pool.submit(reader.read, number, memory.file, [row] * 1000) for _ in range(64)]
+        refused = next(as_completed(asked, WAIT_S))
+        assert refused.result() is False
+        assert reader.is_usable  # the others wait still
+        os.kill(reader.pid, signal.SIGCONT)
+        assert answer.result(WAIT_S) is True
+    assert any(one.result() for one in asked)
+
+
+def test_many_rows_travel_in_several_messages(reader: ReaderProcess, memory: Memory) -> None:
+    rows = [memory.small_row(number) for number in range(5000)]
+    assert reader.read(memory.number_in(reader), memory.file, rows)
+    assert memory.mapping[: 5000 * SMALL] == 5000 * memory.blocks[0][:SMALL]
+
+
+def test_each_memory_is_itself_and_can_be_forgotten(
+    reader: ReaderProcess, tmp_path: Path, memory: Memory
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = Memory(tmp_path / "other")
+    first = memory.number_in(reader)
+    second = reader.memory(b"other", other.shared, other.num_bytes, populate=False)
+    assert reader.read(second, memory.file, [memory.row(1, 3)])
+    assert (other.at(3), memory.at(3)) == (memory.blocks[1], bytes(BIG))
+    assert reader.read(first, memory.file, [memory.row(2, 3)])
+    assert (other.at(3), memory.at(3)) == (memory.blocks[1], memory.blocks[2])
+    reader.forget(b"other")
+    assert not reader.read(second, memory.file, [memory.row(2, 3)])
+    assert str(tmp_path / "other") not in Path(f"/proc/{reader.pid}/maps").read_text()
+    assert reader.read(first, memory.file, [memory.row(0, 3)])
+    assert reader.memory(b"other", other.shared, other.num_bytes, populate=False) not in (
+        first,
+        second,
+    )
+    os.close(other.file)
+    os.close(other.shared)
+
+
+def test_the_terminals_interrupt_is_for_the_replica(reader: ReaderProcess, memory: Memory) -> None:
+    number = memory.number_in(reader)
+    assert reader.read(number, memory.file, [memory.row(0, 0)])
+    os.kill(reader.pid, signal.SIGINT)
+    assert reader.read(number, memory.file, [memory.row(1, 1)])
+    assert os.getpgid(reader.pid) != os.getpgid(0)
 
 
 def test_it_ends_with_its_replica(reader: ReaderProcess) -> None:
     reader.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(reader.pid, 0)
+    assert not is_alive(reader.pid)
     assert not reader.is_usable
 
 
@@ -170,6 +271,7 @@ CHAIN = chain_of(40)
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """What readers are asked by the caches of a test, whose small blocks count as worth it."""
     monkeypatch.setattr(run_objects, "MIN_BYTES_OUTSIDE", BLOCK_BYTES)
+    monkeypatch.setattr(run_objects, "MIN_BLOCK_BYTES_OUTSIDE", BLOCK_BYTES)
     monkeypatch.setattr("shared_cache.media.page_cache.share_in_memory", lambda *_: 1.0)
     return Counted(monkeypatch)
 
@@ -204,11 +306,14 @@ def staged_right(cache: SharedCache) -> bool:
     found = [bytes(cache.host.buffer(slot)) for slot in staged.lease.slots]
     fetched = len(staged.fetched)
     cache.release(staged)
-    await_true(lambda: cache.host.drop(CHAIN.hashes) or True)
+    dropped: list[int] = []
+    await_true(lambda: dropped.append(cache.host.drop(CHAIN.hashes)) or sum(dropped) == 40)
     return fetched == 40 and found == [payload_of(name) for name in CHAIN.hashes]
 
 
-def test_a_cache_reads_through_it_and_without_it(cache: SharedCache, asked: Counted) -> None:
+def test_a_cache_reads_through_it_and_without_it(
+    cache: SharedCache, asked: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert staged_right(cache)
     assert asked.answers
     assert all(asked.answers)
@@ -218,6 +323,12 @@ def test_a_cache_reads_through_it_and_without_it(cache: SharedCache, asked: Coun
     num_asked = len(asked.answers)
     assert staged_right(cache)
     assert len(asked.answers) == num_asked
+    monkeypatch.setattr("shared_cache.host.arena_reader.RESTART_S", 0.0)
+    assert staged_right(cache)
+    await_true(lambda: reader_of(cache) is not None and reader_of(cache).is_usable)
+    assert staged_right(cache)
+    assert asked.answers[num_asked:]
+    assert all(asked.answers[num_asked:])
 
 
 def test_a_damaged_block_is_found_by_who_asked(
@@ -236,12 +347,109 @@ def test_a_damaged_block_is_found_by_who_asked(
     cache.release(staged)
 
 
-def test_none_is_started_for_blocks_that_are_not_in_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: SharedCache, asked: Counted
+def test_it_is_not_asked_for_blocks_that_are_not_in_the_page_cache(
+    monkeypatch: pytest.MonkeyPatch, cache: SharedCache, asked: Counted
 ) -> None:
     monkeypatch.setattr("shared_cache.media.page_cache.share_in_memory", lambda *_: None)
     assert staged_right(cache)
     assert not asked.answers
+
+
+def arenas_mapped_by(process: int) -> list[str]:
+    lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    return [line for line in lines if ".arena" in line]
+
+
+def test_an_arena_that_was_replaced_is_read_into_no_more(tmp_path: Path, asked: Counted) -> None:
+    """What the process brings lies in the new arena, and it lets go of the old one."""
+    url = f"file://{tmp_path}/store"
+    open_store(url, NAMESPACE, {}).write(run_of(CHAIN))
+    with memory_folder() as folder:
+        host = host_config(folder, reader_threads=2, reserve_ahead=1)
+        config = CacheConfig(store=url, host=host, cost=CostConfig(gate=False))
+        with running_owner(host):
+            cache = open_cache(config, NAMESPACE)
+            assert staged_right(cache)
+            await_true(lambda: reader_of(cache) is not None and reader_of(cache).is_usable)
+            assert staged_right(cache)
+            boot = cache.host._session.arenas[0].boot  # type: ignore[attr-defined]
+        with running_owner(host):
+            await_true(lambda: cache.host._session.arenas[0].boot != boot)  # type: ignore[attr-defined]
+            await_true(lambda: cache.host.stats().is_connected)
+            num_asked = len(asked.answers)
+            await_true(lambda: staged_right(cache))
+            assert True in asked.answers[num_asked:]
+            await_true(lambda: len(arenas_mapped_by(reader_of(cache).pid)) == 1)
+            cache.close()
+
+
+FORK = """
+import os, sys, time
+from pathlib import Path
+from shared_cache.readers import process
+from tests.shared_cache import arena_clients, arenas
+
+start = process._start
+def start_and_fork(*arguments):  # the worst moment: it runs, and nobody has been told
+    started = start(*arguments)
+    if os.fork() == 0:
+        time.sleep(30)
+        os._exit(0)
+    return started
+process._start = start_and_fork
+with arenas.open_tier(arenas.host_config(Path(sys.argv[1]), reader_threads=1)) as tier:
+    arena_clients.hold_with_reader(tier, 0)
+"""
+
+
+def test_a_forked_child_does_not_keep_the_reader_of_its_parent_alive() -> None:
+    with memory_folder() as folder, running_owner(host_config(folder)):
+        client = subprocess.Popen(
+            [sys.executable, "-c", FORK, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            start_new_session=True,
+        )
+        assert client.stdout is not None
+        try:
+            reader = json.loads(client.stdout.readline())["reader"]
+            client.kill()
+            await_true(lambda: not is_alive(reader))
+        finally:
+            os.killpg(client.pid, signal.SIGKILL)  # the child, too
+            client.wait(WAIT_S)
+            client.stdout.close()
+            client.stdin.close()  # type: ignore[union-attr]
+
+
+def test_a_client_file_that_was_made_anew_is_held_by_the_reader_too() -> None:
+    with memory_folder() as folder, running_owner(host_config(folder)):
+        config = host_config(folder, reserve_ahead=1)
+        with (
+            open_tier(config) as watcher,
+            client_process(host_config(folder), "hold_with_reader") as client,
+        ):
+            said = client.report()
+            files = paths_of(config).clients
+            number = str(client.process.pid)
+            (mine,) = (path for path in files.iterdir() if path.read_text() == number)
+            before = mine.stat().st_ino
+            mine.unlink()
+            await_true(lambda: mine.exists() and mine.read_text() == number)
+            assert mine.stat().st_ino != before
+            await_true(lambda: held_by(said["reader"], mine))
+            os.kill(said["reader"], signal.SIGSTOP)
+            client.close()
+            time.sleep(0.3)
+            assert watcher.stats().leased_slots == 8
+            os.kill(said["reader"], signal.SIGCONT)
+            await_true(lambda: watcher.stats().leased_slots == 0)
+
+
+def held_by(process: int, path: Path) -> bool:
+    files = Path(f"/proc/{process}/fd").iterdir()
+    return any(os.path.samestat(file.stat(), path.stat()) for file in files if file.exists())
 
 
 def test_a_killed_clients_slots_are_given_to_nobody_while_its_reader_may_write() -> None:

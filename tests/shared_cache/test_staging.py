@@ -117,6 +117,19 @@ def test_a_long_run_is_read_while_the_rest_of_it_is_looked_for(
     cache.close()
 
 
+@pytest.mark.parametrize("num_stored", [0, 3, 5, 12])
+def test_of_a_long_run_what_is_stored_is_read_and_nothing_else(
+    num_stored: int, store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared_cache.fetching.FIRST_LOOK_UP_BYTES", 5 * BLOCK_BYTES)
+    store.delete(HASHES[num_stored].hex())
+    cache = make_cache(store)
+    check(cache, cache.stage(HASHES), num_stored)
+    assert set(store.num_reads) == set(HASHES[:num_stored])
+    assert store.num_matches == (1 if num_stored < 5 else 2)
+    cache.close()
+
+
 def test_nobody_waits_for_a_run_whose_first_part_could_not_be_decided(
     store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

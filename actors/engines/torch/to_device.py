@@ -7,11 +7,13 @@ loads of 1 GiB, the slowest turns took 26 ms instead of 7 (H200). So kernels mak
 read and write pinned host memory.
 """
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
+_lock = threading.Lock()
 _kept: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 """Host memory that kernels may still use: the allocator does not know of them."""
 
@@ -61,8 +63,9 @@ def to_host(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _keep(host: torch.Tensor) -> None:
-    while _kept and _kept[0][0].query():  # type: ignore[no-untyped-call]
-        _kept.popleft()
     used = torch.cuda.Event()  # type: ignore[no-untyped-call]
     used.record()
-    _kept.append((used, host))
+    with _lock:  # there may be several engines
+        while _kept and _kept[0][0].query():  # type: ignore[no-untyped-call]
+            _kept.popleft()
+        _kept.append((used, host))
