@@ -201,7 +201,7 @@ class Fetcher:
         num_first = max(1, FIRST_LOOK_UP_BYTES // self._block_bytes)
         num_more = tier.num_stored(fetch.chain[: start + num_first], start)
         self._gate.saw_look_up(tier.url, time.monotonic() - since_s)
-        if num_more == num_first:
+        if num_more == num_first and start + num_first < len(fetch.chain):
             self._found(fetch, tier, num_more)
             num_more = tier.num_stored(fetch.chain, start + num_first)
         with self._settling(fetch):

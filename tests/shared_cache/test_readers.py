@@ -160,6 +160,13 @@ def is_alive(process: int) -> bool:
     return True
 
 
+@pytest.fixture
+def long_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine, too, nobody is taken to hang who was stopped for a moment."""
+    monkeypatch.setattr("shared_cache.readers.process.HANGS_S", 10 * WAIT_S)
+
+
+@pytest.mark.usefixtures("long_patience")
 def test_who_waits_for_a_process_that_dies_is_told(reader: ReaderProcess, memory: Memory) -> None:
     answer = asked_a_stopped_one(reader, memory)
     os.kill(reader.pid, signal.SIGKILL)
@@ -178,6 +185,7 @@ def test_one_that_hangs_is_ended_before_its_caller_goes_on(
     assert reader.ended_s is not None
 
 
+@pytest.mark.usefixtures("long_patience")
 def test_closing_ends_one_that_hangs(reader: ReaderProcess, memory: Memory) -> None:
     answer = asked_a_stopped_one(reader, memory)
     reader.close()
@@ -185,6 +193,7 @@ def test_closing_ends_one_that_hangs(reader: ReaderProcess, memory: Memory) -> N
     assert not is_alive(reader.pid)
 
 
+@pytest.mark.usefixtures("long_patience")
 def test_more_than_the_socket_takes_is_refused_at_once(
     reader: ReaderProcess, memory: Memory
 ) -> None:
