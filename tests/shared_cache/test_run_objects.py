@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from shared_cache import parallel
 from shared_cache.media import local_medium, page_cache
 from shared_cache.media.local_medium import USE_NOTED_S, LocalMedium
 from shared_cache.media.medium import Reader
 from shared_cache.stores import run_objects
 from shared_cache.stores.fs_store import FsBlockStore, StoreFaults, open_store
 from shared_cache.stores.store import BlockRun
+from tests.shared_cache.arenas import await_true
 from tests.shared_cache.fakes import BLOCK_BYTES, NAMESPACE, chain_of, run_of
 from tests.shared_cache.store_contract import payloads_of, read_all
 
@@ -117,6 +119,8 @@ def test_only_what_is_in_memory_is_read_by_several_threads_at_once(
     chain = chain_of(NUM_BLOCKS)
     store.write(run_of(chain))
     monkeypatch.setattr(reader_type, "fill", watched)
+    helpers = parallel._helpers(os.getpid(), parallel._num_helpers(), "kvcommons-copy")
+    await_true(lambda: not helpers.num_queued)  # none is asked while one stands in line still
     assert read_all(store, chain.hashes) == payloads_of(chain.hashes)
     assert len(starts) == 6
     assert most_inside == (2 if is_in_memory else 1)
