@@ -13,6 +13,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+ARENA_SETTINGS = (
+    "name",
+    "folder",
+    "start_owner",
+    "reserve_ahead",
+    "populate",
+    "reader_threads",
+)
+"""Fields of `HostConfig` that mean nothing to memory of one process."""
+
+
 class HostConfig(Settings):
     """The host tier: blocks in this node's memory."""
 
@@ -80,10 +91,7 @@ class HostConfig(Settings):
     def _only_an_arena_has_these(self) -> "HostConfig":
         given = [
             name
-            for name in (
-                *("name", "folder", "start_owner", "reserve_ahead", "populate"),
-                "reader_threads",
-            )
+            for name in ARENA_SETTINGS
             if getattr(self, name) != type(self).model_fields[name].default
         ]
         if self.scope == "process" and given:

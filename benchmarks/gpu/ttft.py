@@ -1,8 +1,8 @@
 """Time to first token of long prompts: cold, from another replica's saves, from the store.
 
-Three replicas in processes of their own on one device. `first` computes each prompt and saves it;
-`second` shares the node's arena with it; `third` has an arena of its own, as on another machine,
-and finds the prompt in the store alone: in the page cache, then on the disk.
+Four replicas in processes of their own on one device. `first` computes each prompt and saves it;
+`second` shares the node's arena with it; `third` and `fourth` have arenas of their own, as on other
+machines, and find the prompt in the store alone: in the page cache, and on the disk.
 
     python -m benchmarks.gpu.ttft --json FILE --store FOLDER
 """

@@ -1,4 +1,4 @@
-"""Many copies between host and device in one call of the driver.
+"""Many copies between host and device in few calls of the driver.
 
 One call a block costs the engine's thread some twenty microseconds each: a prefix of a thousand
 blocks would hold up every running request for several decoding steps, only to say what to copy.

@@ -294,3 +294,9 @@ def test_a_disk_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.M
     assert store.write(run_of(chain_of(3))) == 3
     assert read_all(store, chain_of(3).hashes) == payloads_of(chain_of(3).hashes)
     assert len(object_paths(store.url)) == 1
+
+
+def test_long_reads_are_for_local_disks_alone(tmp_path: Path) -> None:
+    """From a distance many short ones are quicker, and more of them come in time."""
+    assert open_store(f"file://{tmp_path}", NAMESPACE).read_bytes >= 16 << 20
+    assert open_store("memory://no-long-reads", NAMESPACE).read_bytes == 0

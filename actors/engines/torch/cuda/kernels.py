@@ -25,8 +25,8 @@ except ImportError:
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 WORKSPACE_BYTES = 256 << 20
-PLANNED_BYTES = 64 << 10
-"""Room for what is planned of a captured pass, which has at most a few hundred tokens."""
+PLANNED_BYTES, PLANNED_BYTES_PER_TOKEN = 64 << 10, 64
+"""Room for what is planned of a captured pass: some 20 bytes a token, and a part that is fixed."""
 
 LONG_QUERY = 256
 """From so many new tokens of one sequence on, the kernel for long prompts pays: it splits queries
@@ -198,6 +198,7 @@ def _wrapper(workspace: torch.Tensor, backend: str, fixed: DeviceInputs | None) 
         workspace, "HND", backend=backend, **buffers
     )
     if fixed is not None:
-        planned = torch.empty(PLANNED_BYTES, dtype=torch.uint8, device=workspace.device)
+        num_bytes = PLANNED_BYTES + PLANNED_BYTES_PER_TOKEN * len(fixed.token_ids)
+        planned = torch.empty(num_bytes, dtype=torch.uint8, device=workspace.device)
         wrapper.reset_workspace_buffer(workspace, planned)
     return wrapper
