@@ -84,7 +84,7 @@ class HostConfig(Settings):
         le=64,
         description="threads of a process beside each replica that reads a local tier's blocks "
         "from the page cache, so that the engine's process need not; 0: none is started; default: "
-        "one for each core, at most 16, where there are at least 8",
+        "three for four cores, at most 16, where there are at least 8",
     )
 
     @model_validator(mode="after")

@@ -16,6 +16,11 @@ from shared_cache.tiers import Tier
 MOST_BLOCKS_PER_PIECE = 4 * BLOCKS_PER_PIECE
 """Another process that wants one of these blocks waits for all of them."""
 
+FAST_BLOCKS_PER_PIECE = 8 * BLOCKS_PER_PIECE
+FAST_BYTES_PER_S = 1e9
+"""Where pieces come as fast as this, more blocks are read at a time: then the questions to the host
+tier take longer than the reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -67,7 +72,7 @@ class Fetch:
     leased by this fetch; it holds its leases until it is done and nobody uses it any more. `read`
     are the blocks that a tier delivered. `jobs` are what it waits for. `was_skipped`: a tier was
     not asked, as its answer alone would have come too late; `is_unreadable`: a tier did not give
-    what it had named.
+    what it had named. `is_fast`: the last piece came fast.
     """
 
     chain: tuple[BlockHash, ...]
@@ -85,6 +90,7 @@ class Fetch:
     is_abandoned: bool = False
     was_skipped: bool = False
     is_unreadable: bool = False
+    is_fast: bool = False
     num_users: int = 0
     wanted: set[int] = field(default_factory=set)
     jobs: list[Job] = field(default_factory=list)
@@ -137,19 +143,27 @@ class Fetch:
         """The tier and the place of the next blocks to read; None when there are none now.
 
         A tier that likes long reads gets them, as each costs questions to the host tier; but all of
-        `num_at_once` jobs get something to do, and the first reads are short, for who has not the
-        time for more.
+        `num_at_once` jobs get something to do, and the first two reads are short, for who has not
+        the time for more.
         """
         start = self.num_submitted
         if start >= self.num_wanted:
             return None
         tier, end = next((tier, end) for tier, end in self.sources if end > start)
         end = min(end, self.num_wanted)
-        size = BLOCKS_PER_PIECE
-        if start >= num_at_once * BLOCKS_PER_PIECE:
+        size, long = BLOCKS_PER_PIECE, min(tier.blocks_per_read, MOST_BLOCKS_PER_PIECE)
+        if start >= 2 * BLOCKS_PER_PIECE and long > size:
             fair_share = -(-(end - start) // num_at_once)
-            size = max(size, min(fair_share, tier.blocks_per_read, MOST_BLOCKS_PER_PIECE))
+            if self.is_fast:  # in whole objects, which are often as long as such reads
+                fair_share += -fair_share % long
+                long = FAST_BLOCKS_PER_PIECE
+            size = max(size, min(fair_share, long))
         return tier, start, min(start + size, end)
+
+    def saw_read(self, num_blocks: int, num_bytes: int, seconds: float) -> None:
+        """A piece of so many blocks took so long, with all that was asked for it."""
+        if num_blocks >= BLOCKS_PER_PIECE:
+            self.is_fast = num_bytes >= FAST_BYTES_PER_S * seconds
 
     def finished(self, start: int, end: int, num_here: int) -> bool:
         """A piece ended with `num_here` blocks; advances over pieces that are complete in order.

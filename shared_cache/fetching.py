@@ -24,7 +24,11 @@ ABOUT_TO_ASK_S = 0.01
 """How long is waited for somebody who asks for blocks at the same time, in another thread."""
 
 FIRST_LOOK_UP_BYTES = 128 << 20
-"""A longer run is looked up in two parts: so many bytes of it, then the rest."""
+LOOK_UP_GROWTH = 8
+"""A longer run is looked up in parts: so many bytes of it, then so many times as many, and so on.
+
+Looking up goes some ten times as fast as reading: what is found is read while the next part is
+looked up, and there is always something to read."""
 
 POLL_S = 0.1
 """How often who waits looks whether a tier hangs that another one could stand in for."""
@@ -198,12 +202,13 @@ class Fetcher:
         """
         tier, since_s = job.tier, time.monotonic()
         start = fetch.start + fetch.num_found
-        num_first = max(1, FIRST_LOOK_UP_BYTES // self._block_bytes)
-        num_more = tier.num_stored(fetch.chain[: start + num_first], start)
+        num_blocks = max(1, FIRST_LOOK_UP_BYTES // self._block_bytes)
+        num_more = tier.num_stored(fetch.chain[: start + num_blocks], start)
         self._gate.saw_look_up(tier.url, time.monotonic() - since_s)
-        if num_more == num_first and start + num_first < len(fetch.chain):
+        while num_more == num_blocks and start + num_blocks < len(fetch.chain):
             self._found(fetch, tier, num_more)
-            num_more = tier.num_stored(fetch.chain, start + num_first)
+            start, num_blocks = start + num_blocks, LOOK_UP_GROWTH * num_blocks
+            num_more = tier.num_stored(fetch.chain[: start + num_blocks], start)
         with self._settling(fetch):
             fetch.jobs.remove(job)
             if fetch.is_done:
@@ -278,13 +283,15 @@ class Fetcher:
 
     def _read_piece(self, fetch: Fetch, job: Job, piece: Piece) -> None:
         """Read a piece from one tier; what that one cannot give after all, from the next one."""
-        lacks_more = False
+        lacks_more, since_s = False, time.monotonic()
         try:
             lacks_more = self._reader.read(piece, job.tier)
         finally:  # whatever happens, nobody may wait for this piece for ever
             following = self._tiers.behind(job.tier) if lacks_more else None
             with self._changed:
                 fetch.jobs.remove(job)
+                num_read = len(piece.read)
+                fetch.saw_read(num_read, num_read * self._block_bytes, time.monotonic() - since_s)
                 self._take_over(fetch, piece)
                 if fetch.is_done:
                     self._in_flight.release_unused(fetch)

@@ -39,7 +39,7 @@ PHASES = {
     ),
     "read": ("_LocalReader.fill",),
     "hash": ("checksum_of_pieces", "block_checksum"),
-    "read by the reader process": ("ReaderProcess.read",),
+    "read by the reader process": ("ReaderProcess._is_good",),
     "share among helpers": ("run_all",),
     "store, the rest": ("FsBlockStore.read_into",),
     "tier, the rest": ("Tier.read_into",),

@@ -5,7 +5,7 @@ A store is given plain buffers. Where they lie in memory that others map, too, t
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +23,9 @@ class OutsideBuffers:
     memory: int
     places: Sequence[int]
 
-    def read(self, file: int, rows: Sequence[Row]) -> bool:
-        """See `ReaderProcess.read`."""
-        return self.reader.read(self.memory, file, rows)
+    def begin(self, file: int, rows: Sequence[Row]) -> Callable[[], bool]:
+        """See `ReaderProcess.begin`."""
+        return self.reader.begin(self.memory, file, rows)
 
 
 class MappedMemory(Protocol):

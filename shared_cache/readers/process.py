@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,15 +51,16 @@ def num_threads_for(wanted: int | None, num_cores: int) -> int:
     """How many threads a reader process gets; 0: none is started. `wanted` None: by the cores."""
     if wanted is not None:
         return wanted
-    return min(MAX_THREADS, num_cores) if num_cores >= MIN_CORES else 0
+    return min(MAX_THREADS, num_cores * 3 // 4) if num_cores >= MIN_CORES else 0
 
 
 class _Call:
     """A read that was asked for; `results` stay None when the process is gone."""
 
-    __slots__ = ("done", "results")
+    __slots__ = ("done", "num_rows", "results")
 
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
         self.done = threading.Event()
         self.results: bytes | None = None
 
@@ -120,14 +121,21 @@ class ReaderProcess:
             if number is not None:
                 self._tell(Forget(number))
 
-    def read(self, memory: int, file: int, rows: Sequence[Row]) -> bool:
-        """Whether all of these blocks are in memory now, verified.
+    def begin(self, memory: int, file: int, rows: Sequence[Row]) -> Callable[[], bool]:
+        """Have these blocks read; `file` may be closed then.
 
-        When it is False nobody writes there any more. Who gives no sign of life for `HANGS_S` while
-        something is asked of it is ended first.
+        What this gives is to be called once: it waits, and says whether all of them are in memory
+        now, verified. After that nobody writes there any more. A process that gives no sign of life
+        for `HANGS_S` while something is waited for is ended first.
         """
         parts = [rows[start : start + MAX_ROWS] for start in range(0, len(rows), MAX_ROWS)]
-        return all(self._read(memory, file, part) for part in parts)
+        calls = [self._begin(memory, file, part) for part in parts]
+
+        def are_good() -> bool:
+            good = [call is not None and self._is_good(call) for call in calls]  # waits for each
+            return all(good)
+
+        return are_good
 
     def close(self) -> None:
         """End the process, and wait until it has ended; a second one is a no-op."""
@@ -147,16 +155,19 @@ class ReaderProcess:
         self._socket.close()
         self._theirs.close()
 
-    def _read(self, memory: int, file: int, rows: Sequence[Row]) -> bool:
-        call = _Call()
+    def _begin(self, memory: int, file: int, rows: Sequence[Row]) -> _Call | None:
+        """None when it cannot be asked: then nothing is written."""
+        call = _Call(len(rows))
         with self._lock:
             if not self.is_usable:
-                return False
+                return None
             self._last_id += 1
-            number = self._last_id
-            if not self._send(Read(number, memory, list(rows)), file):
-                return False  # it has more to do than it can hear of
-            self._calls[number] = call
+            if not self._send(Read(self._last_id, memory, list(rows)), file):
+                return None  # it has more to do than it can hear of
+            self._calls[self._last_id] = call
+        return call
+
+    def _is_good(self, call: _Call) -> bool:
         sign_s = time.monotonic()
         while not call.done.wait(HANGS_S):
             if self._heard_s <= sign_s:
@@ -164,7 +175,7 @@ class ReaderProcess:
                 self._hang_up()
                 call.done.wait()  # until it has ended
             sign_s = self._heard_s
-        return call.results is not None and call.results.count(GOOD) == len(rows)
+        return call.results is not None and call.results.count(GOOD) == call.num_rows
 
     def _tell(self, message: Message, *files: int) -> None:
         """Send what must be known; whom it cannot be told is of no use. The lock is held."""

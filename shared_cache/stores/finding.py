@@ -5,6 +5,8 @@ counted, and forgotten, so that a bad object is met once and does not stand in a
 """
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,6 +27,10 @@ MIN_AHEAD = 2
 MAX_AHEAD = 16
 """Heads that are read at a time, should the objects behind the last one be as long as that."""
 
+AT_ONCE_S = 0.001
+"""A store that needed no longer for the last head is asked by one thread: several would wait for
+the interpreter's lock and not for the store."""
+
 
 class RunFinder:
     """Finds the runs of one store, and remembers them in `known`. Thread-safe."""
@@ -37,6 +43,7 @@ class RunFinder:
         self._namespace = namespace
         self._url = url
         self._read_only = read_only
+        self._probed_s = math.inf
 
     def match(self, hashes: Sequence[BlockHash], checked: set[str] | None = None) -> int:
         """How many leading blocks are stored; `checked` as in `find`."""
@@ -81,7 +88,7 @@ class RunFinder:
     def _look_ahead(
         self, firsts: Sequence[BlockHash], checked: set[str] | None
     ) -> dict[BlockHash, RunHead | None]:
-        """The heads of objects that follow, read side by side; none when the next block is known.
+        """The heads of objects that follow, if need be side by side; none when the next is known.
 
         A long prefix is stored as many objects, and each says only where the next one begins: one
         after the other that is a store's latency times their number. Most are equally long, so
@@ -93,11 +100,14 @@ class RunFinder:
         names = list(map(object_name, unknown))
         if checked is not None:
             checked.update(names)
-        heads = ask_all(partial(self.probe, name, expected=False) for name in names)
+        probes = [partial(self.probe, name, expected=False) for name in names]
+        is_quick = self._probed_s < AT_ONCE_S
+        heads = [probe() for probe in probes] if is_quick else ask_all(probes)
         return dict(zip(unknown, heads, strict=True))
 
     def probe(self, name: str, *, expected: bool = True) -> RunHead | None:
         """Read the head of an object afresh and remember it; None, and forgotten, if it is bad."""
+        began_s = time.monotonic()
         try:
             head = read_head(self._medium, name, self._namespace)
         except FileNotFoundError:
@@ -108,6 +118,7 @@ class RunFinder:
         except CorruptBlockError as error:
             self.discard(name, error)
         else:
+            self._probed_s = time.monotonic() - began_s
             self.known.add(name, head)
             return head
         self.known.forget(name)

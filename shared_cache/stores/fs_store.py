@@ -31,8 +31,9 @@ from shared_cache.stores.codec import encode
 from shared_cache.stores.codec_choice import CodecChoice
 from shared_cache.stores.compression import PLAIN, CodecSetting, check_codec
 from shared_cache.stores.finding import RunFinder
+from shared_cache.stores.known_runs import Place
 from shared_cache.stores.refreshing import Refresher
-from shared_cache.stores.run_objects import is_object_name, object_name, read_blocks
+from shared_cache.stores.run_objects import is_object_name, object_name, read_blocks, read_outside
 from shared_cache.stores.store import BlockRun, BlockStore, StoredRun
 from shared_cache.stores.store_access import check_readable, try_to_write
 from shared_cache.stores.store_faults import StoreFaults
@@ -49,6 +50,9 @@ _HEADS_AT_ONCE = 64
 
 _REFRESH_PAUSE_S = 0.01
 """Refreshing rests as often: those who compute or read in this process go first."""
+
+MIN_BYTES_OUTSIDE = 4 << 20
+"""Fewer are copied sooner than another process is asked."""
 
 MAX_READ_FAULTS = 8
 """After so many faults in one read the rest is a miss: somebody is rewriting what is read."""
@@ -130,9 +134,9 @@ class FsBlockStore(BlockStore):
         Before that head and block are read once more, because it may have been replaced meanwhile.
         """
         self.check_buffers(hashes, buffers, writable=True)
-        checksums: list[int] = []
         num_faults, suspect = 0, None
         with reading(self.url):
+            checksums = list(self._read_outside(hashes, buffers))
             while (done := len(checksums)) < len(hashes) and (
                 place := self._runs.find(hashes[done])
             ):
@@ -233,6 +237,22 @@ class FsBlockStore(BlockStore):
                 self.delete(place.name)
                 names.add(place.name)
         return len(names)
+
+    def _read_outside(
+        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
+    ) -> tuple[int, ...]:
+        """The checksums of the leading blocks that another process could bring."""
+        if sum(buffer.nbytes for buffer in buffers) < MIN_BYTES_OUTSIDE:
+            return ()
+
+        def parts() -> Iterator[tuple[Place, Sequence[BlockHash], Sequence[memoryview]]]:
+            start = 0
+            while start < len(hashes) and (place := self._runs.known.find(hashes[start])):
+                end = start + place.num_common(hashes[start:])
+                yield place, hashes[start:end], buffers[start:end]
+                start = end
+
+        return read_outside(self._medium, parts(), note_use=not self.read_only)
 
     def _list(self) -> list[ListedObject]:
         with reading(self.url):

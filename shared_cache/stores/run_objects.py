@@ -6,8 +6,8 @@ against the namespace and the name itself, and each block against its own checks
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, takewhile
@@ -32,9 +32,6 @@ STEP_IN_MEMORY_BYTES = 2 << 20
 PIECE_IN_MEMORY_BYTES = (1 if (os.cpu_count() or 1) <= 4 else 4) << 20
 """The same, for blocks that are larger. With many cores it is the interpreter's lock, taken between
 pieces, that limits: fewer of them were twice as fast on 16 cores."""
-
-MIN_BYTES_OUTSIDE = 4 << 20
-"""Fewer are copied sooner than another process is asked."""
 
 MIN_BLOCK_BYTES_OUTSIDE = 256 << 10
 """Smaller blocks are copied several at a time here, and one by one there."""
@@ -84,6 +81,40 @@ def read_blocks(
     return place.head.checksums[place.row : place.row + num_good]
 
 
+def read_outside(
+    medium: Medium,
+    parts: Iterable[tuple[Place, Sequence[BlockHash], Sequence[memoryview]]],
+    *,
+    note_use: bool = False,
+) -> tuple[int, ...]:
+    """What a reader process brings of `parts`, all objects at once; as `read_blocks` otherwise.
+
+    Each part is a place, the hashes said to lie there, and as many buffers. Only what lies in the
+    page cache, as it is, is read in this way. When this returns, nobody writes to any buffer.
+    """
+    running: list[tuple[Callable[[], bool], Reader, Place, int]] = []
+    with ExitStack() as opened:
+        try:
+            for place, hashes, buffers in parts:
+                reader = opened.enter_context(medium.open(place.name))
+                is_done = _begin_outside(reader, place, hashes, buffers)
+                if is_done is None:
+                    break
+                running.append((is_done, reader, place, len(hashes)))
+        except FileNotFoundError:
+            pass  # `read_blocks` notices that, too
+        finally:
+            are_good = [is_done() for is_done, *_ in running]
+        checksums: list[int] = []
+        for (_, reader, place, num_blocks), is_good in zip(running, are_good, strict=True):
+            if not is_good:
+                break
+            checksums += place.head.checksums[place.row : place.row + num_blocks]
+            if note_use:
+                reader.note_use()
+    return tuple(checksums)
+
+
 def _read_head_once(medium: Medium, name: str, namespace: Namespace) -> RunHead:
     with medium.open(name) as reader:
         start = reader.read(0, codec.FIRST_READ_BYTES)
@@ -108,8 +139,6 @@ def _read_verified(
     block_bytes = buffers[0].nbytes
     start, end = place.head.place_of(place.row, len(hashes), block_bytes)
     is_in_memory = reader.is_in_memory(start, end - start)
-    if is_in_memory and _is_read_outside(reader, place, hashes, buffers):
-        return len(hashes)
     step = max(1, (STEP_IN_MEMORY_BYTES if is_in_memory else reader.step_bytes) // block_bytes)
     starts = range(0, len(hashes), step)
     waiting, is_over = iter(starts), Event()
@@ -140,19 +169,17 @@ def _read_verified(
     return num_good
 
 
-def _is_read_outside(
+def _begin_outside(
     reader: Reader, place: Place, hashes: Sequence[BlockHash], buffers: Sequence[memoryview]
-) -> bool:
-    """Have a reader process do it, if there is one; False: not all blocks are there, look again."""
+) -> Callable[[], bool] | None:
+    """Have a reader process read blocks: see `OutsideBuffers.begin`. None: it cannot."""
     block_bytes = buffers[0].nbytes
-    is_worth_it = len(hashes) * block_bytes >= MIN_BYTES_OUTSIDE
-    is_worth_it &= block_bytes >= MIN_BLOCK_BYTES_OUTSIDE
-    if not is_worth_it or reader.file is None or place.head.ends:
-        return False
+    if reader.file is None or place.head.ends or block_bytes < MIN_BLOCK_BYTES_OUTSIDE:
+        return None
+    start, end = place.head.place_of(place.row, len(hashes), block_bytes)
     outside = outside_buffers(buffers)
-    if outside is None:
-        return False
-    start, _ = place.head.place_of(place.row, 1, block_bytes)
+    if outside is None or not reader.is_in_memory(start, end - start):
+        return None
     checksums = place.head.checksums[place.row : place.row + len(hashes)]
     rows = [
         (start + index * block_bytes, to, block_bytes, checksum_seed(name), checksum)
@@ -160,7 +187,7 @@ def _is_read_outside(
             zip(outside.places, hashes, checksums, strict=True)
         )
     ]
-    return outside.read(reader.file, rows)
+    return outside.begin(reader.file, rows)
 
 
 def _fill(

@@ -50,17 +50,21 @@ def test_nothing_is_decided_for_who_wants_more_while_more_may_be_found(fetch: Fe
 
 
 @pytest.mark.parametrize(
-    ("blocks_per_read", "num_blocks", "sizes"),
+    ("blocks_per_read", "num_blocks", "seconds", "sizes"),
     [
-        (0, 20, [8, 8, 4]),
-        (16, 20, [8, 8, 4]),
-        (16, 100, [8, 8, 16, 16, 16, 16, 10, 8, 2]),  # two jobs share what is left
-        (500, 200, [8, 8, 32, 32, 32, 32, 28, 14, 8, 6]),
+        (0, 20, 1.0, [8, 8, 4]),
+        (16, 20, 1.0, [8, 8, 4]),
+        (16, 100, 1.0, [8, 8, 16, 16, 16, 16, 10, 8, 2]),  # two jobs share what is left
+        (500, 200, 1.0, [8, 8, 32, 32, 32, 32, 28, 14, 8, 6]),
+        (0, 30, 0.03, [8, 8, 8, 6]),  # fast, but it does not like long reads
+        (16, 255, 0.03, [8, 8, 64, 64, 64, 32, 15]),  # whole objects
+        (500, 200, 0.03, [8, 8, 64, 64, 56]),
     ],
 )
 def test_a_tier_that_likes_long_reads_gets_them_while_all_jobs_have_something_to_do(
-    blocks_per_read: int, num_blocks: int, sizes: list[int]
+    blocks_per_read: int, num_blocks: int, seconds: float, sizes: list[int]
 ) -> None:
+    """Eight blocks of 4 MiB took so long; what takes 33 ms is fast."""
     chain = tuple(chain_of(num_blocks).hashes)
     fetch = Fetch(chain, 0, DEFAULT_SCOPE, deadline_s=0.0, num_prompt_tokens=0)
     fetch.sources.append((Mock(blocks_per_read=blocks_per_read), num_blocks))
@@ -68,5 +72,6 @@ def test_a_tier_that_likes_long_reads_gets_them_while_all_jobs_have_something_to
     found = []
     while (piece := fetch.next_piece(2)) is not None:
         _, start, fetch.num_submitted = piece
+        fetch.saw_read(8, 32 << 20, seconds)
         found.append(fetch.num_submitted - start)
     assert found == sizes

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from shared_cache.opening import open_cache
 from shared_cache.readers.messages import Row
 from shared_cache.readers.process import ReaderProcess, num_threads_for
 from shared_cache.staging import SharedCache
-from shared_cache.stores import run_objects
+from shared_cache.stores import fs_store, run_objects
 from shared_cache.stores.fs_store import open_store
 from tests.shared_cache.arenas import (
     WAIT_S,
@@ -92,7 +92,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 def test_blocks_come_to_their_places(reader: ReaderProcess, memory: Memory) -> None:
     rows = [memory.row(number, 7 - number) for number in range(6)]
-    assert reader.read(memory.number_in(reader), memory.file, rows)
+    assert reader.begin(memory.number_in(reader), memory.file, rows)()
     assert [memory.at(7 - number) for number in range(6)] == memory.blocks
     assert memory.at(0) == bytes(BIG)
 
@@ -101,7 +101,7 @@ def test_many_ask_at_once(reader: ReaderProcess, memory: Memory) -> None:
     def ask(number: int) -> None:
         for _ in range(20):
             row = memory.row(number, number)
-            results.append(reader.read(memory.number_in(reader), memory.file, [row]))
+            results.append(reader.begin(memory.number_in(reader), memory.file, [row])())
 
     results: list[bool] = []
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
@@ -133,20 +133,20 @@ def test_what_is_not_right_is_said_to_be_missing(
     else:
         file = os.open("/", os.O_RDONLY)
     rows = [memory.row(0, 0), (start, place, num_bytes, seed, checksum)]
-    assert not reader.read(memory.number_in(reader), file, rows)
+    assert not reader.begin(memory.number_in(reader), file, rows)()
     if file != memory.file:
         os.close(file)
-    assert reader.read(memory.number_in(reader), memory.file, [memory.row(2, 2)])
+    assert reader.begin(memory.number_in(reader), memory.file, [memory.row(2, 2)])()
     assert memory.at(2) == memory.blocks[2]
 
 
 def asked_a_stopped_one(reader: ReaderProcess, memory: Memory) -> "Future[bool]":
     """A read that is under way in a process that does nothing."""
     number = memory.number_in(reader)
-    assert reader.read(number, memory.file, [memory.row(0, 0)])  # the memory is known there
+    assert reader.begin(number, memory.file, [memory.row(0, 0)])()  # the memory is known there
     os.kill(reader.pid, signal.SIGSTOP)
     pool = ThreadPoolExecutor(1)
-    answer = pool.submit(reader.read, number, memory.file, [memory.row(0, 0)])
+    answer = pool.submit(reader.begin(number, memory.file, [memory.row(0, 0)]))
     pool.shutdown(wait=False)
     await_true(lambda: reader._calls)
     return answer
@@ -172,7 +172,7 @@ def test_who_waits_for_a_process_that_dies_is_told(reader: ReaderProcess, memory
     os.kill(reader.pid, signal.SIGKILL)
     assert answer.result(WAIT_S) is False
     assert not reader.is_usable
-    assert not reader.read(memory.number_in(reader), memory.file, [memory.row(0, 0)])
+    assert not reader.begin(memory.number_in(reader), memory.file, [memory.row(0, 0)])()
 
 
 def test_one_that_hangs_is_ended_before_its_caller_goes_on(
@@ -200,7 +200,7 @@ def test_more_than_the_socket_takes_is_refused_at_once(
     number, row = memory.number_in(reader), memory.small_row(0)
     answer = asked_a_stopped_one(reader, memory)
     with ThreadPoolExecutor(64) as pool:
-        asked = [pool.submit(reader.read, number, memory.file, [row] * 1000) for _ in range(64)]
+        asked = [pool.submit(reader.begin(number, memory.file, [row] * 1000)) for _ in range(64)]
         refused = next(as_completed(asked, WAIT_S))
         assert refused.result() is False
         assert reader.is_usable  # the others wait still
@@ -211,7 +211,7 @@ def test_more_than_the_socket_takes_is_refused_at_once(
 
 def test_many_rows_travel_in_several_messages(reader: ReaderProcess, memory: Memory) -> None:
     rows = [memory.small_row(number) for number in range(5000)]
-    assert reader.read(memory.number_in(reader), memory.file, rows)
+    assert reader.begin(memory.number_in(reader), memory.file, rows)()
     assert memory.mapping[: 5000 * SMALL] == 5000 * memory.blocks[0][:SMALL]
 
 
@@ -222,14 +222,14 @@ def test_each_memory_is_itself_and_can_be_forgotten(
     other = Memory(tmp_path / "other")
     first = memory.number_in(reader)
     second = reader.memory(b"other", other.shared, other.num_bytes, populate=False)
-    assert reader.read(second, memory.file, [memory.row(1, 3)])
+    assert reader.begin(second, memory.file, [memory.row(1, 3)])()
     assert (other.at(3), memory.at(3)) == (memory.blocks[1], bytes(BIG))
-    assert reader.read(first, memory.file, [memory.row(2, 3)])
+    assert reader.begin(first, memory.file, [memory.row(2, 3)])()
     assert (other.at(3), memory.at(3)) == (memory.blocks[1], memory.blocks[2])
     reader.forget(b"other")
-    assert not reader.read(second, memory.file, [memory.row(2, 3)])
+    assert not reader.begin(second, memory.file, [memory.row(2, 3)])()
     assert str(tmp_path / "other") not in Path(f"/proc/{reader.pid}/maps").read_text()
-    assert reader.read(first, memory.file, [memory.row(0, 3)])
+    assert reader.begin(first, memory.file, [memory.row(0, 3)])()
     assert reader.memory(b"other", other.shared, other.num_bytes, populate=False) not in (
         first,
         second,
@@ -240,9 +240,9 @@ def test_each_memory_is_itself_and_can_be_forgotten(
 
 def test_the_terminals_interrupt_is_for_the_replica(reader: ReaderProcess, memory: Memory) -> None:
     number = memory.number_in(reader)
-    assert reader.read(number, memory.file, [memory.row(0, 0)])
+    assert reader.begin(number, memory.file, [memory.row(0, 0)])()
     os.kill(reader.pid, signal.SIGINT)
-    assert reader.read(number, memory.file, [memory.row(1, 1)])
+    assert reader.begin(number, memory.file, [memory.row(1, 1)])()
     assert os.getpgid(reader.pid) != os.getpgid(0)
 
 
@@ -253,7 +253,7 @@ def test_it_ends_with_its_replica(reader: ReaderProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "num_cores", "threads"), [(None, 4, 0), (None, 12, 12), (None, 64, 16), (3, 2, 3)]
+    ("wanted", "num_cores", "threads"), [(None, 4, 0), (None, 12, 9), (None, 64, 16), (3, 2, 3)]
 )
 def test_it_needs_cores(wanted: int | None, num_cores: int, threads: int) -> None:
     assert num_threads_for(wanted, num_cores) == threads
@@ -264,13 +264,23 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: list[bool] = []
-        read = ReaderProcess.read
+        self.most_at_once = 0
+        self._num_running = 0
+        begin = ReaderProcess.begin
 
-        def counted(*args: Any) -> bool:
-            self.answers.append(read(*args))
-            return self.answers[-1]
+        def counted(*args: Any) -> Callable[[], bool]:
+            is_done = begin(*args)
+            self._num_running += 1
+            self.most_at_once = max(self.most_at_once, self._num_running)
 
-        monkeypatch.setattr(ReaderProcess, "read", counted)
+            def answer() -> bool:
+                self.answers.append(is_done())
+                self._num_running -= 1
+                return self.answers[-1]
+
+            return answer
+
+        monkeypatch.setattr(ReaderProcess, "begin", counted)
 
 
 CHAIN = chain_of(40)
@@ -279,7 +289,7 @@ CHAIN = chain_of(40)
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """What readers are asked by the caches of a test, whose small blocks count as worth it."""
-    monkeypatch.setattr(run_objects, "MIN_BYTES_OUTSIDE", BLOCK_BYTES)
+    monkeypatch.setattr(fs_store, "MIN_BYTES_OUTSIDE", BLOCK_BYTES)
     monkeypatch.setattr(run_objects, "MIN_BLOCK_BYTES_OUTSIDE", BLOCK_BYTES)
     monkeypatch.setattr("shared_cache.media.page_cache.share_in_memory", lambda *_: 1.0)
     return Counted(monkeypatch)
@@ -338,6 +348,74 @@ def test_a_cache_reads_through_it_and_without_it(
     assert staged_right(cache)
     assert asked.answers[num_asked:]
     assert all(asked.answers[num_asked:])
+
+
+@pytest.fixture
+def several_objects(cache: SharedCache, tmp_path: Path) -> list[Path]:
+    """The store of `cache`, where each object has five blocks only; the last one is the last."""
+    folder = tmp_path / "store"
+    assert cache.shared_store is not None
+    assert cache.shared_store.forget(CHAIN.hashes) == 1
+    for start in range(0, 40, 5):
+        store = open_store(folder.as_uri(), NAMESPACE, {})
+        store.write(run_of(CHAIN).part(start, start + 5))
+        store.close()
+    return sorted(folder.rglob("*.arrow"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def whole_piece(cache: SharedCache, several: list[Path]) -> tuple[int, bool]:
+    """Read all blocks at once: how many came, and whether those are right."""
+    assert len(several) == 8
+    store, slots = cache.shared_store, cache.host.claim(CHAIN.hashes, 0.0).slots
+    assert store is not None
+    assert store.match(CHAIN.hashes) == 40
+    buffers = [cache.host.buffer(slot) for slot in slots]
+    num_good = len(store.read_into(CHAIN.hashes, buffers))
+    wanted = [payload_of(name) for name in CHAIN.hashes[:num_good]]
+    are_right = [bytes(buffer) for buffer in buffers[:num_good]] == wanted
+    cache.host.cancel(slots)
+    return num_good, are_right
+
+
+def test_several_objects_are_read_at_once(
+    cache: SharedCache, asked: Counted, several_objects: list[Path]
+) -> None:
+    asked.most_at_once = 0
+    assert whole_piece(cache, several_objects) == (40, True)
+    assert asked.most_at_once == 8
+    assert all(asked.answers)
+
+
+@pytest.mark.parametrize("fault", ["damaged", "gone", "cut short", "on disk"])
+def test_of_several_objects_those_before_a_bad_one_count(
+    fault: str,
+    cache: SharedCache,
+    asked: Counted,
+    several_objects: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, store = several_objects[5], cache.shared_store
+    assert store is not None
+    assert store.match(CHAIN.hashes) == 40
+    if fault == "damaged":
+        content = bytearray(path.read_bytes())
+        content[content.index(payload_of(CHAIN.hashes[27]))] ^= 1
+        path.write_bytes(content)
+    elif fault == "gone":
+        path.unlink()
+    elif fault == "cut short":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        shares = iter([1.0] * 5)
+        monkeypatch.setattr(
+            "shared_cache.media.page_cache.share_in_memory", lambda *_: next(shares, 0.0)
+        )
+    monkeypatch.setattr(store, "match", lambda hashes: 40)  # what was looked up before
+    num_good, are_right = whole_piece(cache, several_objects)
+    assert are_right
+    assert num_good == {"damaged": 27, "gone": 25, "on disk": 40}.get(fault, num_good)
+    assert 25 <= num_good <= 40
+    assert asked.answers.count(True) >= 5
 
 
 def test_a_damaged_block_is_found_by_who_asked(
