@@ -74,6 +74,7 @@ def shared_folder() -> Iterator[Path]:
 def owned(host: HostConfig, admission: str = "never") -> Iterator[None]:
     """The arena's owner, in a process of its own; clients wait until it serves."""
     arguments = [f"--name={host.name}", f"--bytes={int(host.bytes)}", f"--folder={host.folder}"]
+    arguments += ["--populate"] if host.populate else []
     command = [sys.executable, "-m", "shared_cache.host", *arguments, f"--admission={admission}"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
         try:

@@ -93,13 +93,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TENANT=BYTES",
         help="most memory for one tenant (16 hexadecimal digits, see ReuseScope.tenant)",
     )
+    add("--populate", action="store_true", help="take all memory at start (cache.host.populate)")
     add("--exit-when-idle-s", type=float, help="stop after so many seconds without a process")
     add("--detach", action="store_true", help="go on in the background once it serves")
     return parser
 
 
 def _make_owner(options: argparse.Namespace) -> ArenaOwner:
-    fields = {name: getattr(options, name) for name in ("name", "bytes", "folder", "eviction")}
+    names = ("name", "bytes", "folder", "eviction", "populate")
+    fields = {name: getattr(options, name) for name in names}
     config = HostConfig(**fields)
     rules = replace(rules_of(config, options.admission), quotas=parse_quotas(options.quota))
     return ArenaOwner(config, rules, options.exit_when_idle_s)

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from shared_cache.host.record_format import (
     Header,
 )
 from shared_cache.host.records import Records
+from shared_cache.threads import start_daemon
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,9 @@ class OwnedArena:
         self.boot = header.boot
         self.was_found = was_found
         self._paths = paths
+        self._has_memory: set[int] = set()
+        self._is_closing = False
+        self._taking: threading.Thread | None = None
         self._arena_fd = os.open(paths.arena, os.O_RDWR | os.O_CLOEXEC)
         self._records_fd = os.open(paths.records, os.O_RDWR | os.O_CLOEXEC)
         self._arena = map_file(self._arena_fd, self.geometry.arena_bytes)
@@ -90,15 +95,25 @@ class OwnedArena:
     def assign_extent(self, extent: int, namespace: int, slot_bytes: int) -> bool:
         """Cut an extent into slots (0: it is nobody's); False if the system has no memory for it.
 
-        Blocks for about 0.1 s for the largest extents.
+        Blocks for about 0.1 s for the largest extents, unless they have their memory already.
         """
         if slot_bytes and not self._take_memory(extent, slot_bytes // SLOT_ALIGNMENT_BYTES):
             return False
         self.records.set_extent(extent, namespace, slot_bytes)
         return True
 
+    def take_all_memory(self) -> None:
+        """Take the memory of all extents from now on, in a thread; what fails is tried again later.
+
+        Then nobody waits when one is cut into slots.
+        """
+        self._taking = start_daemon(self._take_all, "kvcommons-populate")
+
     def close(self) -> None:
         """Close the files and leave them for another owner; mappings go with their last user."""
+        self._is_closing = True
+        if self._taking is not None:
+            self._taking.join()
         for fd in (self._arena_fd, self._records_fd):
             os.close(fd)
 
@@ -108,18 +123,42 @@ class OwnedArena:
             path.unlink(missing_ok=True)
 
     def _take_memory(self, extent: int, slot_units: int) -> bool:
-        start, num_bytes = extent * self.geometry.extent_bytes, self.geometry.extent_bytes
         first, end = self.records.span_of(extent, slot_units)
-        if _huge_pages_are_advised():
-            with suppress(OSError):  # then the pages are small
-                self._arena.madvise(MADV_POPULATE_WRITE, start, num_bytes)
         try:
-            os.posix_fallocate(self._arena_fd, start, num_bytes)
+            self._take_pages(extent)
             os.posix_fallocate(self._records_fd, first, end - first)
         except OSError as error:
+            num_bytes = self.geometry.extent_bytes
             logger.warning("no memory for %d more bytes of the arena: %s", num_bytes, error)
             return False
         return True
+
+    def _take_all(self) -> None:
+        for extent in range(self.geometry.arena_bytes // self.geometry.extent_bytes):
+            try:
+                self._take_pages(extent)
+            except OSError as error:
+                logger.warning("the arena cannot have all its memory now: %s", error)
+                return
+            if self._is_closing:
+                return
+
+    def _take_pages(self, extent: int) -> None:
+        """Raises `OSError` when the system has no memory for it.
+
+        In short steps: a system call on a mapping keeps the interpreter's lock.
+        """
+        if extent in self._has_memory:
+            return
+        first, is_huge = extent * self.geometry.extent_bytes, _huge_pages_are_advised()
+        for start in range(first, first + self.geometry.extent_bytes, MIN_EXTENT_BYTES):
+            if is_huge:
+                with suppress(OSError):  # then the pages are small
+                    self._arena.madvise(MADV_POPULATE_WRITE, start, MIN_EXTENT_BYTES)
+            os.posix_fallocate(self._arena_fd, start, MIN_EXTENT_BYTES)
+            if self._is_closing:
+                return
+        self._has_memory.add(extent)
 
 
 def _read_header(paths: ArenaPaths) -> Header:

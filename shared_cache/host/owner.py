@@ -137,6 +137,8 @@ class ArenaOwner:
         running = _Running(lock, state, adoption, living, self._faults)
         running.lock_arena()
         await running.listen()
+        if self._config.populate:
+            state.arena.take_all_memory()
         return running
 
     def _open_state(self, paths: ArenaPaths, arena: OwnedArena) -> ArenaState:

@@ -97,6 +97,7 @@ def _arguments(paths: ArenaPaths, config: HostConfig, admission: StoreAdmission)
         f"--eviction={config.eviction}",
         f"--admission={admission}",
         f"--exit-when-idle-s={IDLE_EXIT_S:g}",
+        *(["--populate"] if config.populate else []),
         *quotas,
     ]
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +36,14 @@ from shared_cache.host.record_format import (
     encode_namespace,
 )
 from shared_cache.host.terms import BlockRecord
-from tests.shared_cache.arenas import hashes_of, host_config, memory_folder, paths_of
+from tests.shared_cache.arenas import (
+    WAIT_S,
+    await_true,
+    hashes_of,
+    host_config,
+    memory_folder,
+    paths_of,
+)
 
 MIB = 1 << 20
 NAME, PARENT, OTHER = hashes_of("records", 3)
@@ -346,6 +355,64 @@ def test_memory_that_the_system_refuses_leaves_the_extent_unassigned(
     assert arena.records.extents()[0] is None
     assert arena.assign_extent(1, 0, 0), "giving an extent back takes no memory"
     arena.close()
+
+
+def _taken_bytes(arena: OwnedArena) -> int:
+    return os.fstat(arena._arena_fd).st_blocks * 512
+
+
+def test_all_memory_can_be_taken_at_start_so_that_nobody_waits_for_it_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = _make_arena(folder, 16 * MIB)
+    assert _taken_bytes(arena) < 16 * MIB
+    arena.take_all_memory()
+    await_true(lambda: len(arena._has_memory) == 8)
+    assert _taken_bytes(arena) == 16 * MIB
+    asked: list[int] = []
+    monkeypatch.setattr(arena_module.os, "posix_fallocate", lambda file, *_: asked.append(file))
+    assert arena.assign_extent(2, 0, 16384)
+    assert asked == [arena._records_fd]
+    arena.close()
+
+
+def test_memory_that_is_refused_at_start_is_asked_for_when_it_is_needed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena, take = _make_arena(folder, 16 * MIB), os.posix_fallocate
+
+    def refuse(file: int, start: int, num_bytes: int) -> None:
+        if start >= 8 * MIB:
+            raise OSError(errno.ENOSPC, "no space")
+        take(file, start, num_bytes)
+
+    monkeypatch.setattr(arena_module.os, "posix_fallocate", refuse)
+    arena.take_all_memory()
+    assert arena._taking is not None
+    arena._taking.join(WAIT_S)
+    assert arena._has_memory == {0, 1, 2, 3}
+    assert not arena.assign_extent(5, 0, 16384)
+    monkeypatch.setattr(arena_module.os, "posix_fallocate", take)
+    assert arena.assign_extent(5, 0, 16384)
+    arena.close()
+
+
+def test_closing_does_not_wait_until_all_memory_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena, begun, files = _make_arena(folder, 16 * MIB), threading.Event(), []
+
+    def slow(file: int, *_: int) -> None:
+        begun.set()
+        time.sleep(0.1)
+        os.fstat(file)  # it is open still
+        files.append(file)
+
+    monkeypatch.setattr(arena_module.os, "posix_fallocate", slow)
+    arena.take_all_memory()
+    assert begun.wait(WAIT_S)
+    arena.close()
+    assert 1 <= len(files) < 7
 
 
 def test_an_extent_cut_anew_forgets_its_old_records(folder: Path) -> None:

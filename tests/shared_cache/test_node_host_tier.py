@@ -18,6 +18,7 @@ from shared_cache.errors import ConfigError
 from shared_cache.hashing import ReuseScope
 from shared_cache.host import protocol as wire
 from shared_cache.host import starting
+from shared_cache.host.__main__ import _parser
 from shared_cache.host.connection import OwnerLink
 from shared_cache.host.folder import is_locked
 from shared_cache.host.holdings import GROWN_FOR_S, Holdings, Stock
@@ -509,6 +510,13 @@ def test_quotas_travel_by_tenant_and_never_by_salt(
     assert parse_quotas(quotas) == {ReuseScope("a secret").tenant: 123}
     with pytest.raises(ValueError, match="hex"):
         parse_quotas(["secret=1"])
+
+
+@pytest.mark.parametrize("populate", [False, True])
+def test_whether_all_memory_is_taken_at_start_travels(populate: bool, tmp_path: Path) -> None:
+    config = host_config(tmp_path, populate=populate)
+    arguments = starting._arguments(paths_of(config), config, "always")
+    assert _parser().parse_args(arguments).populate is populate
 
 
 def test_no_process_is_left_behind_by_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
