@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from actors.engine import Engine, GenerationRequest, Receipt, TokenChunk
-from actors.preloading import Preloading, part_ends
+from actors.preloading import Parts, Preloading
 from actors.request_log import Missed, RequestLog, RequestTrace, now_s
 from actors.wanted import NOTHING, WantedPrefix, wanted_prefix, with_tiers
 from shared_cache.host.interface import HostLease
@@ -168,8 +168,7 @@ class StagingQueue:
             return await _result(growing, wanted.cache, None)
 
         block_bytes = wanted.engine.namespace.layout.block_bytes
-        ends = part_ends(here.end, len(wanted.hashes), block_bytes)
-        ahead.start(preload, ends, staging)
+        ahead.start(preload, Parts(here.end, len(wanted.hashes), block_bytes), staging)
 
     async def _at_head(
         self,

@@ -148,7 +148,7 @@ class EngineStats:
     num_turns: int
 
 
-Preload = Callable[[GenerationRequest], Awaitable[range]]
+Preload = Callable[[GenerationRequest, int], Awaitable[range]]
 """See `Engine.preload`."""
 
 
@@ -177,11 +177,12 @@ class Engine(Protocol):
 
     @property
     def preload(self) -> Preload | None:
-        """Loads to the device what host memory holds of a prompt, and computes nothing.
+        """Loads to the device what host memory holds of a request's first so many blocks.
 
-        For the beginning of a prompt whose other blocks are still on their way. The blocks must be
-        leased until it returns, with the tokens that were loaded behind those that the device had;
-        cancelling it ends it. It raises what `generate` does. None where there is no such thing.
+        It computes nothing. For a prompt whose other blocks are still on their way. The blocks must
+        be leased until it returns, with the tokens that were loaded behind those that the device
+        had; cancelling it ends it. It raises what `generate` does. None where there is no such
+        thing.
         """
 
     def storage_scope(self, scope: ReuseScope) -> ReuseScope:

@@ -7,27 +7,45 @@ would have done nothing while the store was read.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
-from actors.engine import GenerationRequest, Preload, SamplingParams
+from actors.engine import GenerationRequest, Preload
 from shared_cache.prefix_cache import PrefixCache, StagedPrefix
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 160 << 20
+PART_BYTES = 128 << 20
 """Blocks of so many bytes are loaded at a time: some milliseconds of the link."""
 
 MAX_PARTS = 8
-"""A longer prompt is loaded in larger parts, as each costs the engine's thread some work."""
+"""A longer prompt is loaded in larger parts, as each costs the engine's thread some work; but for
+its end, as its request waits for the last of them."""
 
 Staging = Callable[[int], Awaitable[StagedPrefix | None]]
-"""Gives the leased blocks before a position, once they have come; None when they do not."""
+"""Gives leased blocks, once those before a position have come, and perhaps more of them; None when
+they do not come."""
 
 
-def part_ends(start: int, end: int, block_bytes: int) -> list[int]:
-    """Where the parts of blocks `start` to `end` end; the last part goes with its request."""
-    size = max(1, PART_BYTES // block_bytes, -(-(end - start) // MAX_PARTS))
-    return list(range(start + size, end, size))
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """How the blocks from `start` to `end` of a prompt are loaded in parts."""
+
+    start: int
+    end: int
+    block_bytes: int
+
+    def next_end(self, position: int) -> int | None:
+        """Where the part that begins at `position` ends, at the soonest.
+
+        None: what is left goes with the request.
+        """
+        size = least = max(1, PART_BYTES // self.block_bytes)
+        longer = -(-(self.end - self.start) // MAX_PARTS)
+        if self.end - position >= 2 * longer:
+            size = max(least, longer)
+        end = position + size
+        return end if end < self.end else None
 
 
 class Preloading:
@@ -47,9 +65,9 @@ class Preloading:
         self._is_enough = False
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, preload: Preload, ends: Sequence[int], staging: Staging) -> None:
-        """Bring the blocks before each of `ends`, in order, as they come."""
-        self._task = asyncio.create_task(self._run(preload, ends, staging))
+    def start(self, preload: Preload, parts: Parts, staging: Staging) -> None:
+        """Bring `parts`, in order, as they come, each with all that has come by then."""
+        self._task = asyncio.create_task(self._run(preload, parts, staging))
 
     def enough(self) -> None:
         """Begin no part any more: the request itself comes, and finds what is under way."""
@@ -61,30 +79,25 @@ class Preloading:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def _run(self, preload: Preload, ends: Sequence[int], staging: Staging) -> None:
+    async def _run(self, preload: Preload, parts: Parts, staging: Staging) -> None:
+        position = parts.start
         try:
-            for end in ends:
-                part = None if self._is_enough else await staging(end)
+            while (end := parts.next_end(position)) is not None and not self._is_enough:
+                part = await staging(end)
                 if part is None:
                     return
                 try:
                     if part.end < end or self._is_enough:
                         return
-                    await self._load(preload, end)
+                    await self._load(preload, part.end)
+                    position = part.end
                 finally:
                     self._cache.release(part)
         except Exception as error:
             logger.warning("loading a prompt's first blocks ahead failed: %r", error)
 
     async def _load(self, preload: Preload, end: int) -> None:
-        num_tokens = end * self._tokens_per_block + 1
-        part = GenerationRequest(
-            f"{self._request.request_id}-ahead",
-            self._request.prompt_token_ids[:num_tokens],
-            SamplingParams(max_tokens=1),
-            self._request.scope,
-        )
-        tokens, size = await preload(part), self._tokens_per_block
+        tokens, size = await preload(self._request, end), self._tokens_per_block
         if tokens:
             first = self.loaded.start if self.loaded else tokens.start // size
             self.loaded = range(first, tokens.stop // size)

@@ -37,9 +37,12 @@ class WantedPrefix:
         return self.cache.grow(staged, self.hashes, max(0.0, self.until_s - time.monotonic()))
 
     def grown_to(self, start: int, end: int) -> StagedPrefix:
-        """Blocks `start` to `end` when they have come, leased once more: `grown` fetches them."""
+        """Blocks from `start` on when those before `end` have come, leased once more.
+
+        There may be more of them. `grown` fetches them.
+        """
         left_s = max(0.0, self.until_s - time.monotonic())
-        return self.cache.lease_coming(self.hashes[:end], start, self.scope, left_s)
+        return self.cache.lease_coming(self.hashes, start, end, self.scope, left_s)
 
     def lacks_something(self, staged: StagedPrefix) -> bool:
         """Whether more than `staged` could come from a tier."""

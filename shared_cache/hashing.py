@@ -93,6 +93,14 @@ class BlockHashChain:
         chain.hashes = self.hashes[:]
         return chain
 
+    def first(self, prompt: Sequence[int]) -> "BlockHashChain":
+        """The same for `prompt`, with which these tokens begin."""
+        num_blocks = len(prompt) // self.tokens_per_block
+        chain = BlockHashChain(self.tokens_per_block)
+        chain._root, chain.hashes = self._root, self.hashes[:num_blocks]
+        chain._tail = array("I", prompt[num_blocks * self.tokens_per_block :])
+        return chain
+
     @property
     def num_tokens(self) -> int:
         """Tokens given so far, those of the unfinished block included."""

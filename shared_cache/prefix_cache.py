@@ -57,9 +57,14 @@ class PrefixCache(Protocol):
         """Lease once more what this process has leased now, from `first` on; *in the step*."""
 
     def lease_coming(
-        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+        self,
+        hashes: Sequence[BlockHash],
+        first: int,
+        enough: int,
+        scope: ReuseScope,
+        wait_s: float,
     ) -> StagedPrefix:
-        """Lease blocks from `first` on once more when all of `hashes` has come, by a `grow`.
+        """Lease once more what has come of `hashes[first:]`, by a `grow`, with block `enough - 1`.
 
         Waits for `wait_s` seconds at most. Asks no tier: what nobody fetches is not waited for.
         Counts nothing: that `grow` does.

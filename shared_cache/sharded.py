@@ -116,7 +116,12 @@ class ShardedCache:
         return self._together(nothing, [partial(look_up, shard) for shard in self.shards])
 
     def lease_coming(
-        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+        self,
+        hashes: Sequence[BlockHash],
+        first: int,
+        enough: int,
+        scope: ReuseScope,
+        wait_s: float,
     ) -> StagedPrefix:
         """See `PrefixCache.lease_coming`; no shard leases more than those before it have."""
         nothing, end = StagedPrefix(NO_LEASE, first=first, scope=scope), len(hashes)
@@ -125,7 +130,7 @@ class ShardedCache:
         def look_up(shard: SharedCache) -> StagedPrefix:
             nonlocal end
             left_s = max(0.0, until_s - time.monotonic())
-            held = shard.lease_coming(hashes[:end], first, scope, left_s)
+            held = shard.lease_coming(hashes[:end], first, min(enough, end), scope, left_s)
             end = held.end
             return held
 

@@ -135,11 +135,16 @@ class SharedCache:
         return StagedPrefix(self.host.lease_held(hashes[first:]), first=first, scope=scope)
 
     def lease_coming(
-        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+        self,
+        hashes: Sequence[BlockHash],
+        first: int,
+        enough: int,
+        scope: ReuseScope,
+        wait_s: float,
     ) -> StagedPrefix:
         """See `PrefixCache.lease_coming`."""
         until_s = time.monotonic() + wait_s
-        tickets = self._fetcher.coming(hashes, first)
+        tickets = self._fetcher.coming(hashes[:enough], first)
         try:
             self._fetcher.wait(tickets, until_s)
             held = self.lease_held(hashes, first, scope)

@@ -225,9 +225,14 @@ class FakeCache:
         return self._lease(hashes, staged.first, len(hashes))
 
     def lease_coming(
-        self, hashes: Sequence[BlockHash], first: int, scope: ReuseScope, wait_s: float
+        self,
+        hashes: Sequence[BlockHash],
+        first: int,
+        enough: int,
+        scope: ReuseScope,
+        wait_s: float,
     ) -> StagedPrefix:
-        return self.grow(StagedPrefix(HostLease(-1, ()), first=first), hashes, wait_s)
+        return self.grow(StagedPrefix(HostLease(-1, ()), first=first), hashes[:enough], wait_s)
 
     def _lease(self, hashes: Sequence[BlockHash], first: int, end: int) -> StagedPrefix:
         lease = HostLease(next(self._lease_ids), tuple(range(first, end)))

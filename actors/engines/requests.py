@@ -6,6 +6,11 @@ a prompt that is longer than it allows.
 """
 
 import hashlib
+from array import array
+from contextlib import suppress
+from functools import lru_cache
+
+import numpy as np
 
 from actors.engine import GenerationRequest, SamplingParams
 from shared_cache.errors import PromptTooLongError, RequestError
@@ -21,7 +26,7 @@ def check_request(request: GenerationRequest, vocab_size: int, max_total_tokens:
     prompt, so_far = request.prompt_token_ids, request.num_output_so_far
     if not prompt:
         raise RequestError("the prompt is empty; give at least one token")
-    outside = next((t for t in prompt if not 0 <= t < vocab_size), None)
+    outside = _token_outside(prompt, vocab_size)
     if outside is not None:
         raise RequestError(
             f"token id {outside} is outside this model's vocabulary of {vocab_size}; "
@@ -41,6 +46,15 @@ def check_request(request: GenerationRequest, vocab_size: int, max_total_tokens:
             f"num_output_so_far is {so_far}; it must be below max_tokens "
             f"({request.sampling.max_tokens}) and the prompt's length ({len(prompt)})"
         )
+
+
+@lru_cache(maxsize=8)
+def _token_outside(prompt: tuple[int, ...], vocab_size: int) -> int | None:
+    """The first token that is none; remembered, as a prompt is checked with each of its parts."""
+    with suppress(OverflowError):  # one is negative, or very large
+        if np.frombuffer(array("I", prompt), np.uint32).max() < vocab_size:
+            return None
+    return next((token for token in prompt if not 0 <= token < vocab_size), None)
 
 
 def check_sampling(params: SamplingParams) -> None:

@@ -19,6 +19,7 @@ from shared_cache.connector.copies import (
     BlockSave,
     OnDone,
     OnFailed,
+    OnLoaded,
 )
 from shared_cache.connector.cuda_copier import CudaCopier
 from shared_cache.parallel import run_all
@@ -50,9 +51,13 @@ class CpuCopier:
         copies = [pair for load in loads for pair in load.pairs()]
         run_all([partial(self._load, part) for part in _parts(copies, self._block_bytes)])
 
-    def load_beside(self, loads: Sequence[BlockLoad], stream: Any) -> Callable[[], bool]:
+    def load_beside(
+        self, loads: Sequence[BlockLoad], stream: Any, on_done: OnLoaded | None = None
+    ) -> Callable[[], bool]:
         """See `BlockCopier.load_beside`: done at once."""
         self.load(loads, stream)
+        if on_done is not None:
+            on_done()
         return lambda: True
 
     def before_writes(self, blocks: Collection[int] | None, stream: Any) -> None:

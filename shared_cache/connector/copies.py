@@ -31,6 +31,9 @@ class BlockLoad:
 BlockSave = tuple[memoryview, int, BlockHash]
 """The same for a block to save, with its name."""
 
+OnLoaded = Callable[[], None]
+"""Called when blocks are loaded."""
+
 OnFailed = Callable[[Exception], None]
 """Called instead when that failed, with the error."""
 
@@ -44,8 +47,13 @@ class BlockCopier(Protocol):
     def load(self, loads: Sequence[BlockLoad], stream: Any) -> None:
         """Copy host -> device, done before anything that is enqueued on `stream` afterwards."""
 
-    def load_beside(self, loads: Sequence[BlockLoad], stream: Any) -> Callable[[], bool]:
-        """Copy host -> device after what is on `stream`, which does not wait; tells when done."""
+    def load_beside(
+        self, loads: Sequence[BlockLoad], stream: Any, on_done: OnLoaded | None = None
+    ) -> Callable[[], bool]:
+        """Copy host -> device after what is on `stream`, which does not wait; tells when done.
+
+        `on_done` is called then, too, once and by any thread; what is given may say so before.
+        """
 
     def before_writes(self, blocks: Collection[int] | None, stream: Any) -> None:
         """What is enqueued on `stream` afterwards may write to `blocks`, or to all (None).

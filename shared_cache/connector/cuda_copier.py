@@ -18,7 +18,7 @@ import torch
 
 from shared_cache.checksum import block_checksum
 from shared_cache.connector.batched import BatchedCopies, MemoryCopy
-from shared_cache.connector.copies import BlockLoad, BlockSave, OnDone, OnFailed
+from shared_cache.connector.copies import BlockLoad, BlockSave, OnDone, OnFailed, OnLoaded
 from shared_cache.connector.pinned import PinnedMemory
 from shared_cache.readers.memory import address_of
 
@@ -34,6 +34,7 @@ class CudaCopier:
     wait for the forward pass; who overwrites blocks that are being saved waits for the saves. A
     thread waits for the saves' events, so that the engine's loop does not. It holds no copier:
     TensorRT-LLM tells nobody that an engine has ended, and a copier that is collected then ends it.
+    Another thread waits for loads, where somebody wants to be told.
     """
 
     def __init__(self, pool: torch.Tensor) -> None:
@@ -53,7 +54,15 @@ class CudaCopier:
             daemon=True,
         )
         self._thread.start()
-        self._end = weakref.finalize(self, self._saves.put, None)
+        self._loads: _Loads = queue.SimpleQueue()
+        self._loaded_thread = threading.Thread(
+            target=_tell_all,
+            args=(self._loads, pool.device),
+            name="kvcommons-loaded",
+            daemon=True,
+        )
+        self._loaded_thread.start()
+        self._end = weakref.finalize(self, _end_threads, self._saves, self._loads)
         self._end.atexit = False
 
     def load(self, loads: Sequence[BlockLoad], stream: Any) -> None:
@@ -63,12 +72,16 @@ class CudaCopier:
             self._copy_in(loads, self._load_stream)
             stream.wait_stream(self._load_stream)
 
-    def load_beside(self, loads: Sequence[BlockLoad], stream: Any) -> Callable[[], bool]:
+    def load_beside(
+        self, loads: Sequence[BlockLoad], stream: Any, on_done: OnLoaded | None = None
+    ) -> Callable[[], bool]:
         """See `BlockCopier.load_beside`."""
         self._beside_stream.wait_stream(stream)
         self._copy_in(loads, self._beside_stream)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self._beside_stream)
+        if on_done is not None:
+            self._loads.put((done, on_done))
         return lambda: bool(done.query())  # type: ignore[no-untyped-call]
 
     def before_writes(self, blocks: Collection[int] | None, stream: Any) -> None:
@@ -140,6 +153,7 @@ class CudaCopier:
         """See `BlockCopier.close`."""
         self._end()
         self._thread.join()
+        self._loaded_thread.join()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +175,25 @@ class _RunningSave:
         self.on_done(seconds, [block_checksum(name, buffer) for buffer, _, name in self.copies])
 
 
+_Loads: TypeAlias = "queue.SimpleQueue[tuple[torch.cuda.Event, OnLoaded] | None]"
+
 _Saves: TypeAlias = "queue.SimpleQueue[_RunningSave | None]"
+
+
+def _end_threads(saves: _Saves, loads: _Loads) -> None:
+    saves.put(None)
+    loads.put(None)
+
+
+def _tell_all(loads: _Loads, device: torch.device) -> None:
+    """Tell who waits for a load that it is done, until there comes None."""
+    torch.cuda.set_device(device)
+    while (load := loads.get()) is not None:
+        done, on_done = load
+        with suppress(RuntimeError):  # who is told asks, and meets the error
+            done.synchronize()
+        on_done()
+        del load, done, on_done
 
 
 def _finish_all(saves: _Saves, pinned: PinnedMemory) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from shared_cache.connector.copier import make_copier
-from shared_cache.connector.copies import BlockCopier, BlockLoad, BlockSave
+from shared_cache.connector.copies import BlockCopier, BlockLoad, BlockSave, OnLoaded
 from shared_cache.connector.pool_check import check_pool
 from shared_cache.connector.transfers import PackedLoads, SaveRun, TransferPlan
 from shared_cache.errors import ConfigError
@@ -51,6 +51,8 @@ class SharedCacheWorker:
         An engine that calls `before_writes` says so by `is_told_of_writes`; for any other one,
         every turn waits for the saves of the turns before it.
         """
+        self.on_loaded: OnLoaded | None = None
+        """Called when an asynchronous load is done, by any thread, for who need not poll then."""
         self._cache = cache
         self._is_told_of_writes = is_told_of_writes
         self._loading: dict[int, Callable[[], bool]] = {}
@@ -126,7 +128,9 @@ class SharedCacheWorker:
             self._copier.before_writes(None, stream)
         self._copier.load(self._copies(self._plan.packed_loads), stream)
         for request_id, loads in self._plan.loads_ahead:
-            self._loading[request_id] = self._copier.load_beside(self._copies(loads), stream)
+            self._loading[request_id] = self._copier.load_beside(
+                self._copies(loads), stream, self.on_loaded
+            )
 
     def before_writes(self, blocks: Collection[int], stream: Any) -> None:
         """The engine will write to these device blocks, or have them loaded, from now on.

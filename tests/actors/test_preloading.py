@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
+from itertools import pairwise
 
 import pytest
 
 from actors.engine import GenerationRequest, SamplingParams
-from actors.preloading import MAX_PARTS, PART_BYTES, Preloading, part_ends
+from actors.preloading import MAX_PARTS, PART_BYTES, Parts, Preloading
 from actors.replica import EngineReplica
 from actors.wanted import NOTHING
 from shared_cache.errors import ModelError
@@ -48,13 +49,12 @@ class Loads:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def __call__(self, request: GenerationRequest) -> range:
-        assert request.sampling.max_tokens == 1
-        self.asked.append(len(request.prompt_token_ids))
+    async def __call__(self, request: GenerationRequest, num_blocks: int) -> range:
+        self.asked.append(num_blocks)
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        num_tokens = len(request.prompt_token_ids) - 1
+        num_tokens = num_blocks * TOKENS_PER_BLOCK
         self.engine.receipt = (num_tokens, NUM_BLOCKS * TOKENS_PER_BLOCK - num_tokens)
         num_before = max(self.num_loaded, self.engine.num_on_device * TOKENS_PER_BLOCK)
         self.num_loaded = num_tokens
@@ -96,7 +96,7 @@ async def test_each_part_goes_to_the_device_as_soon_as_it_is_here(made):
     assert not answer.done()
     cache.arrive(NUM_BLOCKS)
     receipt = (await answer)[0].receipt
-    assert loads.asked == [9, 17, 25], "two, four and six blocks; the rest is the request's own"
+    assert loads.asked == [2, 4, 6], "the rest is the request's own"
     assert (receipt.device, receipt.host, receipt.shared, receipt.computed) == (0, 0, 32, 1)
     assert not cache.leased
 
@@ -120,7 +120,7 @@ async def test_what_the_device_had_before_is_told_as_device(made):
     await until(lambda: len(loads.asked) == 2)
     cache.arrive(NUM_BLOCKS)
     receipt = (await answer)[0].receipt
-    assert loads.asked == [17, 25]
+    assert loads.asked == [4, 6]
     assert (receipt.device, receipt.host, receipt.shared) == (8, 0, 24)
 
 
@@ -145,7 +145,7 @@ async def test_no_part_begins_once_all_is_here(made):
     await until(lambda: loads.engine.requests)
     loads.gate.set()
     await answer
-    assert loads.asked == [9]
+    assert loads.asked == [2]
     assert not cache.leased
 
 
@@ -160,11 +160,11 @@ async def test_no_tier_is_asked_for_a_part_once_all_is_here():
         ends.append(end)
         return cache.grow(NOTHING, list(range(end)), 1.0)
 
-    async def preload(part: GenerationRequest) -> range:
+    async def preload(request: GenerationRequest, num_blocks: int) -> range:
         ahead.enough()
-        return range(len(part.prompt_token_ids) - 1)
+        return range(num_blocks * TOKENS_PER_BLOCK)
 
-    ahead.start(preload, [2, 4, 6], staging)
+    ahead.start(preload, Parts(0, NUM_BLOCKS, PART_BYTES // 2), staging)
     await until(lambda: ahead.loaded)
     await until(lambda: not cache.leased)
     await ahead.stop()
@@ -192,6 +192,29 @@ async def test_what_was_loaded_ahead_is_told_by_its_tier_though_its_request_stoo
     assert (receipt.device, receipt.host, receipt.shared, receipt.computed) == (0, 0, 32, 1)
 
 
+async def test_what_has_come_meanwhile_goes_in_one_part():
+    cache = FakeCache()
+    prompt = tuple(range(NUM_BLOCKS * TOKENS_PER_BLOCK + 1))
+    ahead = Preloading(cache, GenerationRequest("r", prompt, SamplingParams(3)), TOKENS_PER_BLOCK)
+    loaded = []
+
+    async def staging(end: int) -> StagedPrefix:
+        here = {2: 2, 4: 5}.get(end, end)  # more came while the first one was loaded
+        return cache.grow(NOTHING, list(range(here)), 1.0)
+
+    async def preload(request: GenerationRequest, num_blocks: int) -> range:
+        start, *_ = [*loaded[-1:], 0]
+        loaded.append(num_blocks)
+        return range(start * TOKENS_PER_BLOCK, num_blocks * TOKENS_PER_BLOCK)
+
+    ahead.start(preload, Parts(0, NUM_BLOCKS, PART_BYTES // 2), staging)
+    await until(lambda: len(loaded) == 3)
+    await ahead.stop()
+    assert loaded == [2, 5, 7]
+    assert ahead.loaded == range(7)
+    assert not cache.leased
+
+
 @pytest.mark.parametrize("error", [ModelError("out of memory"), RuntimeError("bug")])
 async def test_a_load_that_fails_costs_the_request_nothing(error, made):
     replica, cache, loads = made
@@ -214,14 +237,29 @@ async def test_leaving_ends_it(made):
         await answer
     cache.arrive(NUM_BLOCKS)
     await until(lambda: not cache.leased)
-    assert loads.asked == [9]
+    assert loads.asked == [2]
 
 
-def test_parts_are_large_and_few():
-    block = 4 << 20
-    each = PART_BYTES // block
-    assert part_ends(0, each, block) == []
-    assert part_ends(5, 5 + 2 * each + 1, block) == [5 + each, 5 + 2 * each]
-    long = part_ends(0, 100 * each, block)
-    assert len(long) == MAX_PARTS - 1
-    assert part_ends(0, 3, PART_BYTES * 2) == [1, 2]
+@pytest.mark.parametrize(
+    ("num_blocks", "sizes"),
+    [
+        (1, [1]),
+        (32, [32]),
+        (65, [32, 32, 1]),
+        (255, [32] * 7 + [31]),
+        (511, [64] * 6 + [32] * 3 + [31]),
+        (1023, [128] * 6 + [32] * 7 + [31]),
+    ],
+)
+def test_parts_are_large_and_few_and_short_at_the_end(num_blocks, sizes):
+    parts = Parts(5, 5 + num_blocks, 4 << 20)
+    ends = [5]
+    while (end := parts.next_end(ends[-1])) is not None:
+        ends.append(end)
+    assert [end - start for start, end in pairwise([*ends, 5 + num_blocks])] == sizes
+    assert len(sizes) < 2 * MAX_PARTS
+
+
+def test_a_block_may_be_larger_than_a_part():
+    parts = Parts(0, 3, 2 * PART_BYTES)
+    assert [parts.next_end(position) for position in range(3)] == [1, 2, None]

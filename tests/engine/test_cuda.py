@@ -140,21 +140,23 @@ def test_all_ways_compute_the_same(way: str, folder: Path, exact: list[torch.Ten
 
 @with_flashinfer
 async def test_the_next_token_hardly_depends_on_graphs_or_company(make_gpu_engine: Any) -> None:
-    """In bfloat16 a batch may round otherwise, and a random model's likeliest tokens are near ties:
-    a few of a hundred differ, after which answers go their own ways. So each step is asked alone.
+    """In bfloat16 a batch may round otherwise, and of a random model's tokens some percent are
+    near ties: one differs, and the answers go their own ways. So each step is asked alone, also
+    behind an end token.
     """
     plain = make_gpu_engine(cuda_graph_config=None)
     graphs = make_gpu_engine(cuda_graph_config=CudaGraphConfig(max_num_tokens=64))
     steps, expected = [], []
     for i in range(6):
         beginning = prompt(40 + 37 * i, i)
-        answer = await tokens(plain, request(beginning, 24))
+        answer = await tokens(plain, request(beginning, 24, ignore_eos=True))
         for end in range(0, 24, 3):
-            steps.append(request([*beginning, *answer[:end]], 1, f"{i}-{end}"))
+            name = f"{i}-{end}"
+            steps.append(request([*beginning, *answer[:end]], 1, name, ignore_eos=True))
             expected.append(answer[end : end + 1])
     found = await asyncio.gather(*[tokens(graphs, one) for one in steps])
     num_equal = sum(a == b for a, b in zip(found, expected, strict=True))
-    assert num_equal > 0.8 * len(steps)
+    assert num_equal > 0.9 * len(steps)
 
 
 @with_flashinfer
@@ -181,8 +183,7 @@ async def test_blocks_that_were_loaded_ahead_are_found_on_the_device(make_gpu_en
     await tokens(engine, request(prompt(2049, 2), 2))  # evicts the first prompt
     hashes = block_hashes(wanted.prompt_token_ids, BLOCK)
     staged = engine.cache.lease(hashes, 0, wanted.scope)
-    part = request(list(wanted.prompt_token_ids[:1025]), 1, "ahead")
-    ahead = await engine.preload(part)
+    ahead = await engine.preload(wanted, 1024 // BLOCK)
     received = await chunks(engine, wanted)
     engine.cache.release(staged)
     receipt = received[0].receipt

@@ -13,7 +13,7 @@ from actors.engines.torch.engine import TorchEngine
 from actors.engines.torch.pool import PagedPool
 from shared_cache.config import CacheConfig
 from shared_cache.connector.copier import CpuCopier
-from shared_cache.connector.copies import BlockLoad
+from shared_cache.connector.copies import BlockLoad, OnLoaded
 from shared_cache.connector.scheduler import SharedCacheScheduler
 from shared_cache.connector.worker import SharedCacheWorker
 from shared_cache.errors import ModelError
@@ -44,25 +44,30 @@ class HeldCopier(CpuCopier):
 
     def __init__(self, rows: Any) -> None:
         super().__init__(rows)
-        self.held: list[Sequence[BlockLoad]] = []
+        self.held: list[tuple[Sequence[BlockLoad], OnLoaded | None]] = []
         self.num_let_go = 0
         self.fails = False
         self.holds = True
 
-    def load_beside(self, loads: Sequence[BlockLoad], stream: Any) -> Callable[[], bool]:
+    def load_beside(
+        self, loads: Sequence[BlockLoad], stream: Any, on_done: OnLoaded | None = None
+    ) -> Callable[[], bool]:
         if self.fails:
             raise RuntimeError("the device is on fire")
         if not self.holds:
-            self.load(loads, stream)
-            return lambda: True
-        self.held.append(loads)
+            return super().load_beside(loads, stream, on_done)
+        self.held.append((loads, on_done))
         number = len(self.held)
         return lambda: self.num_let_go >= number
 
     def let_go(self) -> None:
-        for loads in self.held[self.num_let_go :]:
+        done = self.held[self.num_let_go :]
+        for loads, _ in done:
             self.load(loads, None)
-        self.num_let_go = len(self.held)
+        self.num_let_go += len(done)
+        for _, on_done in done:
+            if on_done is not None:
+                on_done()
 
 
 class Replicas:

@@ -1,11 +1,12 @@
 """The beginning of a prompt is loaded before its request comes: nothing is computed for it."""
 
 import asyncio
-from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
 from actors.engine import GenerationRequest
+from actors.engines.torch.connector import ConnectorDriver
 from actors.engines.torch.engine import TorchEngine
 from shared_cache.errors import ModelError
 from tests.engine.conftest import (
@@ -29,7 +30,7 @@ from tests.engine.test_parked import (
 
 LOOPS = ("plain", "overlapped")
 
-PART = request(PROMPT[: 3 * BLOCK + 1], 1, "ahead")
+WANTED = request(PROMPT)
 
 
 async def ready(made: Replicas, *, beside: bool = True) -> TorchEngine:
@@ -43,9 +44,11 @@ async def ready(made: Replicas, *, beside: bool = True) -> TorchEngine:
     return engine
 
 
-async def preloaded(engine: TorchEngine, wanted: GenerationRequest) -> range:
+async def preloaded(
+    engine: TorchEngine, num_blocks: int = 3, wanted: GenerationRequest = WANTED
+) -> range:
     assert engine.preload is not None
-    return await engine.preload(wanted)
+    return await engine.preload(wanted, num_blocks)
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -55,7 +58,7 @@ async def test_the_request_finds_on_the_device_what_was_loaded(
     plain_greedy: Greedy,
 ) -> None:
     engine = await ready(replicas, beside=beside)
-    loading = asyncio.create_task(preloaded(engine, PART))
+    loading = asyncio.create_task(preloaded(engine))
     if beside:
         await until(lambda: replicas.copier.held)
         assert not loading.done()
@@ -77,7 +80,7 @@ async def test_the_request_finds_on_the_device_what_was_loaded(
 
 async def test_what_is_nowhere_is_not_waited_for(replicas: Replicas) -> None:  # noqa: F811
     engine = await ready(replicas)
-    assert not await preloaded(engine, request(OTHER, 1))
+    assert not await preloaded(engine, 2, request(OTHER, 1))
     assert used(engine) == 0
 
 
@@ -86,7 +89,7 @@ async def test_a_request_that_comes_meanwhile_waits_for_it(
     plain_greedy: Greedy,
 ) -> None:
     engine = await ready(replicas)
-    loading = asyncio.create_task(preloaded(engine, PART))
+    loading = asyncio.create_task(preloaded(engine))
     await until(lambda: replicas.copier.held)
     waiting = asyncio.create_task(chunks(engine, request(PROMPT)))
     assert await tokens(engine, request(OTHER)) == plain_greedy(OTHER, 12)
@@ -106,7 +109,7 @@ async def test_one_that_is_given_up_keeps_its_slots_until_the_copy_is_done(
     plain_greedy: Greedy,
 ) -> None:
     engine = await ready(replicas)
-    loading = asyncio.create_task(preloaded(engine, PART))
+    loading = asyncio.create_task(preloaded(engine))
     await until(lambda: replicas.copier.held)
     loading.cancel()
     await until(lambda: engine.stats().num_running == 0)
@@ -123,7 +126,7 @@ async def test_what_follows_is_saved_and_shared_all_the_same(
 ) -> None:
     """Nothing of a prompt that was loaded and not computed is taken for left uncomputed."""
     engine = await ready(replicas, beside=False)
-    await preloaded(engine, PART)
+    await preloaded(engine)
     longer = [*PROMPT, *some_prompt(3 * BLOCK, seed=9)]
     assert await tokens(engine, request(longer, 1)) == plain_greedy(longer, 1)
     assert replicas.cache is not None
@@ -142,23 +145,55 @@ async def test_a_load_that_fails_fails_that_alone(
     engine = await ready(replicas)
     replicas.copier.fails = True
     with pytest.raises(ModelError, match="on fire"):
-        await preloaded(engine, PART)
+        await preloaded(engine)
     assert await tokens(engine, request(OTHER)) == plain_greedy(OTHER, 12)
     await until(lambda: used(engine) == 0)
 
 
 async def test_no_more_is_loaded_than_is_asked_for(replicas: Replicas) -> None:  # noqa: F811
     engine = await ready(replicas, beside=False)
-    one = replace(PART, prompt_token_ids=tuple(PROMPT[: BLOCK + 1]))
-    assert await preloaded(engine, one) == range(BLOCK)
-    assert not await preloaded(engine, one), "it is there"
-    assert await preloaded(engine, PART) == range(BLOCK, 3 * BLOCK)
-    assert not await preloaded(engine, replace(PART, prompt_token_ids=tuple(PROMPT[:BLOCK])))
+    assert await preloaded(engine, 1) == range(BLOCK)
+    assert not await preloaded(engine, 1), "it is there"
+    assert await preloaded(engine) == range(BLOCK, 3 * BLOCK)
+    assert not await preloaded(engine, 1, request(PROMPT[:BLOCK]))
+    assert await preloaded(engine, 99) == range(3 * BLOCK, 6 * BLOCK), "all that there is"
+
+
+@pytest.mark.parametrize("hold_s", [0.0, 0.3])
+async def test_the_end_of_a_load_is_told(
+    hold_s: float,
+    replicas: Replicas,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Turns that look for it would take the interpreter's lock from who brings the next blocks."""
+    monkeypatch.setattr("actors.engines.torch.engine._LOADING_TOLD_S", 1000.0)
+    engine = await ready(replicas)
+    turn = Mock(side_effect=engine._turns.turn)
+    monkeypatch.setattr(engine._turns, "turn", turn)
+    loading = asyncio.create_task(preloaded(engine))
+    await until(lambda: replicas.copier.held)
+    await asyncio.sleep(hold_s)
+    assert turn.call_count < 5
+    replicas.copier.let_go()
+    assert await asyncio.wait_for(loading, 30) == range(3 * BLOCK)
+
+
+async def test_a_worker_that_tells_no_end_is_asked_for_it(
+    replicas: Replicas,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ConnectorDriver, "tell_when_loaded", lambda *_: False)
+    monkeypatch.setattr("actors.engines.torch.engine._LOADING_TOLD_S", 1000.0)
+    engine = await ready(replicas)
+    loading = asyncio.create_task(preloaded(engine))
+    await until(lambda: replicas.copier.held)
+    replicas.copier.let_go()
+    assert await asyncio.wait_for(loading, 30) == range(3 * BLOCK)
 
 
 async def test_no_drafts_are_prepared_for_what_is_only_loaded(make_engine: MakeEngine) -> None:
     """That reads the whole prompt on the event loop, once for each of its parts."""
     drafts = {"decoding_type": "NGram", "max_draft_len": 6, "max_matching_ngram_size": 2}
     factory = make_engine(speculative_config=drafts)._factory
-    assert factory.make(PART).sequence.lookup is not None
-    assert factory.make(PART, loads_only=True).sequence.lookup is None
+    assert factory.make(WANTED).sequence.lookup is not None
+    assert factory.make(WANTED, only_load=3).sequence.lookup is None

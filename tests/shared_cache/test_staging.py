@@ -117,16 +117,24 @@ def test_a_long_run_is_read_while_the_rest_of_it_is_looked_for(
     cache.close()
 
 
-@pytest.mark.parametrize("num_stored", [0, 3, 5, 12])
+@pytest.mark.parametrize(
+    ("num_stored", "growth", "num_look_ups"),
+    [(0, 8, 1), (3, 8, 1), (5, 8, 2), (12, 8, 2), (7, 1, 2), (12, 1, 3), (15, 1, 4), (18, 1, 4)],
+)
 def test_of_a_long_run_what_is_stored_is_read_and_nothing_else(
-    num_stored: int, store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
+    num_stored: int,
+    growth: int,
+    num_look_ups: int,
+    store: ScriptedStore,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("shared_cache.fetching.FIRST_LOOK_UP_BYTES", 5 * BLOCK_BYTES)
+    monkeypatch.setattr("shared_cache.fetching.LOOK_UP_GROWTH", growth)
     store.delete(HASHES[num_stored].hex())
     cache = make_cache(store)
     check(cache, cache.stage(HASHES), num_stored)
     assert set(store.num_reads) == set(HASHES[:num_stored])
-    assert store.num_matches == (1 if num_stored < 5 else 2)
+    assert store.num_matches == num_look_ups
     cache.close()
 
 
@@ -256,12 +264,17 @@ def test_what_is_coming_is_leased_as_it_comes_and_counted_once(store: ScriptedSt
     with ThreadPoolExecutor(2) as threads:
         whole = threads.submit(cache.stage, HASHES)
         gate.wait_entered()
-        part = cache.lease_coming(HASHES[:BLOCKS_PER_PIECE], 0, DEFAULT_SCOPE, WAIT_S)
-        assert part.num_blocks == BLOCKS_PER_PIECE
-        later = threads.submit(cache.lease_coming, HASHES[:-1], 3, DEFAULT_SCOPE, WAIT_S)
+        one = cache.lease_coming(HASHES[:BLOCKS_PER_PIECE], 0, 3, DEFAULT_SCOPE, WAIT_S)
+        assert one.num_blocks == BLOCKS_PER_PIECE, "all that is here, and no more than asked for"
+        cache.release(one)
+        second = cache.lease_coming(HASHES, 0, BLOCKS_PER_PIECE + 1, DEFAULT_SCOPE, WAIT_S)
+        cache.release(second)
+        part = cache.lease_coming(HASHES, 1, 3, DEFAULT_SCOPE, WAIT_S)
+        assert (part.first, part.end) == (1, 2 * BLOCKS_PER_PIECE), "more than was waited for"
+        later = threads.submit(cache.lease_coming, HASHES[:-1], 3, 19, DEFAULT_SCOPE, WAIT_S)
         gate.open()
         assert later.result(WAIT_S).end == len(HASHES) - 1
-        check(cache, whole.result(WAIT_S), len(HASHES), len(HASHES) - 1)
+        check(cache, whole.result(WAIT_S), len(HASHES), other_leases=18)
     cache.release(part)
     cache.release(later.result())
     stats = cache.stats()
@@ -274,7 +287,7 @@ def test_who_waits_for_what_is_coming_does_not_wait_for_ever(store: ScriptedStor
     with ThreadPoolExecutor(1) as threads:
         whole = threads.submit(cache.stage, HASHES)
         gate.wait_entered()
-        assert cache.lease_coming(HASHES, 0, DEFAULT_SCOPE, 0.01).num_blocks == 0
+        assert cache.lease_coming(HASHES, 0, 20, DEFAULT_SCOPE, 0.01).num_blocks == 0
         gate.open()
         cache.release(whole.result(WAIT_S))
     assert cache.stats().deadline_misses == 0
@@ -282,9 +295,9 @@ def test_who_waits_for_what_is_coming_does_not_wait_for_ever(store: ScriptedStor
 
 def test_what_nobody_fetches_is_not_asked_for(store: ScriptedStore) -> None:
     cache = make_cache(store)
-    assert cache.lease_coming(HASHES, 0, DEFAULT_SCOPE, WAIT_S).num_blocks == 0
+    assert cache.lease_coming(HASHES, 0, 20, DEFAULT_SCOPE, WAIT_S).num_blocks == 0
     staged = cache.stage(HASHES[:8])
-    held = cache.lease_coming(HASHES, 2, DEFAULT_SCOPE, WAIT_S)
+    held = cache.lease_coming(HASHES, 2, 20, DEFAULT_SCOPE, WAIT_S)
     assert (held.first, held.end) == (2, 8)
     cache.release(held)
     cache.release(staged)

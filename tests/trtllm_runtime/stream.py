@@ -14,7 +14,14 @@ import numpy as np
 import torch
 
 from shared_cache.checksum import block_checksum
-from shared_cache.connector.copies import BlockCopy, BlockLoad, BlockSave, OnDone, OnFailed
+from shared_cache.connector.copies import (
+    BlockCopy,
+    BlockLoad,
+    BlockSave,
+    OnDone,
+    OnFailed,
+    OnLoaded,
+)
 
 
 class DeviceStream:
@@ -61,11 +68,15 @@ class LaggingCopier:
         copies = [pair for load in loads for pair in load.pairs()]
         stream.put(lambda: self._load(copies))
 
-    def load_beside(self, loads: Sequence[BlockLoad], stream: Any) -> Callable[[], bool]:
+    def load_beside(
+        self, loads: Sequence[BlockLoad], stream: Any, on_done: OnLoaded | None = None
+    ) -> Callable[[], bool]:
         """See `BlockCopier.load_beside`; done when the device gets there."""
         done: list[bool] = []
         self.load(loads, stream)
         stream.put(lambda: done.append(True))
+        if on_done is not None:
+            stream.put(on_done)
         return lambda: bool(done)
 
     def before_writes(self, blocks: Collection[int] | None, stream: Any) -> None:

@@ -7,6 +7,7 @@ must never be called valid. All of that is here and nowhere else.
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from actors.engines.torch.scheduled import Scheduled, Turn
@@ -40,6 +41,7 @@ class ConnectorDriver:
         cache: SharedCache | None = None,
     ) -> None:
         self.cache = cache
+        self.has_loaded = False
         self._scheduler = scheduler
         self._worker = worker
         self._held: dict[int, list[int]] = {}
@@ -70,6 +72,13 @@ class ConnectorDriver:
     def allocated(self, sequence: Sequence) -> None:
         """Tell the slots of the whole prompt."""
         self._scheduler.update_state_after_alloc(sequence, list(sequence.slots))
+
+    def tell_when_loaded(self, wake: Callable[[], None]) -> bool:
+        """Have `wake` called, by any thread, when a load is done; False if the worker cannot."""
+        if not hasattr(self._worker, "on_loaded"):  # TensorRT-LLM's interface has no such thing
+            return False
+        self._worker.on_loaded = wake
+        return True
 
     @property
     def is_loading(self) -> bool:
@@ -138,13 +147,14 @@ class ConnectorDriver:
     def end_turn(self) -> list[int]:
         """Poll what is asynchronous, once per turn; the slots that may be released now.
 
-        Requests whose loads are done are no longer marked as loading.
+        Requests whose loads are done are no longer marked as loading; `has_loaded` says if any.
         """
         ended, self._newly_held = self._newly_held, []
         started, self._newly_loading = self._newly_loading, []
         saved, loaded = self._worker.get_finished(ended, started)
         for request_id in loaded:
             self._loading.pop(request_id).is_loading = False
+        self.has_loaded = bool(loaded)
         return [slot for request_id in saved for slot in self._held.pop(request_id)]
 
     def close(self) -> None:

@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.001
 _LOADING_RETRY_S = 0.0002
+_LOADING_TOLD_S = 0.02
+"""Instead, where the end of a load is told: a turn takes the interpreter's lock from threads that
+bring the next blocks."""
+
 _CPU_TURN_DRAFTS = 16
 """On a CPU a pass over 16 tokens costs about as much as one over 4; beyond, every token counts."""
 
@@ -76,6 +80,8 @@ class TorchEngine:
             self._runner, self._slots, _limits(config), connector, overlap=overlap
         )
         self._inbox = Inbox()
+        is_told = connector is not None and connector.tell_when_loaded(self._inbox.wake)
+        self._loading_retry_s = _LOADING_TOLD_S if is_told else _LOADING_RETRY_S
         self._is_closed = False
         self._failure: Exception | None = None
         self._thread = thread
@@ -100,8 +106,8 @@ class TorchEngine:
         """See `Engine.preload`: only where a copy to the device needs none of our time."""
         return self._preload if self._can_preload else None
 
-    async def _preload(self, request: GenerationRequest) -> range:
-        active = self._factory.make(request, loads_only=True)
+    async def _preload(self, request: GenerationRequest, num_blocks: int) -> range:
+        active = self._factory.make(request, only_load=num_blocks)
         self._inbox.submit(active)
         has_ended = False
         try:
@@ -197,9 +203,7 @@ class TorchEngine:
     def _serve(self) -> None:
         ran = True
         while True:
-            retry_s = _LOADING_RETRY_S if self._turns.is_loading else _RETRY_S
-            idle_s = None if not self._turns.has_work else 0 if ran else retry_s
-            delivery = self._inbox.take(idle_s)
+            delivery = self._inbox.take(self._idle_s(ran))
             for active in delivery.arrivals:
                 self._turns.add(active)
             for active in delivery.aborts:
@@ -207,6 +211,16 @@ class TorchEngine:
             if delivery.closing:
                 return
             ran = self._turns.turn() if self._turns.has_work else True
+
+    def _idle_s(self, ran: bool) -> float | None:
+        """How long to wait for news at most before the next turn, when the last one `ran`."""
+        if not self._turns.has_work:
+            return None
+        if ran:
+            return 0
+        if self._turns.is_loading and not self._turns.is_holding:
+            return self._loading_retry_s
+        return min(_RETRY_S, self._loading_retry_s)
 
 
 def _limits(config: EngineConfig) -> Limits:

@@ -36,24 +36,31 @@ class RequestFactory:
         self._ngram = ngram
         self._ids = itertools.count(1)
 
-    def make(self, request: GenerationRequest, *, loads_only: bool = False) -> ActiveRequest:
+    def make(self, request: GenerationRequest, *, only_load: int | None = None) -> ActiveRequest:
         """The request, hashed and with its text stream; call on the event loop that reads it.
 
-        `max_tokens` beyond the room that the prompt leaves is cut, and means nothing with
-        `loads_only`. Raises `RequestError`.
+        `max_tokens` beyond the room that the prompt leaves is cut. With `only_load` nothing is
+        computed, and so many of its first blocks are wanted, at most all that can be loaded. Raises
+        `RequestError`.
         """
         prompt, sampling = request.prompt_token_ids, request.sampling
         check_request(request, self._model.vocab_size, self._max_total_tokens)
+        chain = prompt_chain(prompt, self._tokens_per_block, request.scope)
         wanted = len(prompt) + sampling.max_tokens - request.num_output_so_far
+        if only_load is not None:
+            # A token more: the last one of a prompt is never loaded.
+            wanted = min(len(prompt), only_load * self._tokens_per_block + 1)
+            prompt = prompt[:wanted]
+            chain = chain.first(prompt)
         sequence = Sequence(
             request_id=next(self._ids),
             tokens=list(prompt),
-            chain=prompt_chain(prompt, self._tokens_per_block, request.scope),
-            max_total_tokens=len(prompt) if loads_only else min(wanted, self._max_total_tokens),
-            loads_only=loads_only,
+            chain=chain,
+            max_total_tokens=min(wanted, self._max_total_tokens),
+            loads_only=only_load is not None,
             scope=request.scope,
             lookup=PromptLookup(self._ngram.max_matching_ngram_size, prompt)
-            if self._ngram and not loads_only
+            if self._ngram and only_load is None
             else None,
         )
         output = Output(request, self._model.tokenizer, self._model.eos_token_ids)
@@ -67,9 +74,10 @@ class Delivery:
     arrivals: list[ActiveRequest] = field(default_factory=list)
     aborts: list[ActiveRequest] = field(default_factory=list)
     closing: bool = False
+    has_loaded: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.arrivals or self.aborts or self.closing)
+        return bool(self.arrivals or self.aborts or self.closing or self.has_loaded)
 
 
 class Inbox:
@@ -92,6 +100,12 @@ class Inbox:
         """Ask to end a request; one that has ended is no error."""
         with self._changed:
             self._delivery.aborts.append(active)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Say that a load is done, to who waits here."""
+        with self._changed:
+            self._delivery.has_loaded = True
             self._changed.notify()
 
     def close(self, refusal: str) -> None:

@@ -105,6 +105,7 @@ class TurnLoop:
         self._send()
         if self._connector is not None:
             self._pool.release(self._connector.end_turn())
+            ran |= self._connector.has_loaded  # somebody may be computed now
         return ran
 
     def _decide(self) -> Turn:
