@@ -1,12 +1,13 @@
 """What the connector's scheduler side tells its worker side: one turn's copies.
 
-It is broadcast to all ranks in every turn, so it is packed, and holds nothing that a rank could
-look up itself. It touches no bytes of blocks.
+It is broadcast to all ranks in every turn, so it is packed for that, and holds nothing that a rank
+could look up itself. It touches no bytes of blocks.
 """
 
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,9 @@ MIN_SAVES = 16
 SAVE_BYTES = HASH_BYTES + 4
 """What one saved block takes in a plan: its hash and its device block."""
 
+_SMALL_BYTES = MAX_PLAN_BYTES - MAX_SAVES * SAVE_BYTES - 1024
+"""Loads that take no more as they are leave room for all saves; packed they take hardly more."""
+
 _SORTED_FROM_BYTES = 16 * 1024
 """Loads that take more are tried in another order, too."""
 
@@ -55,19 +59,53 @@ class RankLoad:
     device_blocks: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
 class PackedLoads:
-    """All loads whose blocks lie in the same memories, one for each rank; packed for the wire."""
+    """All loads whose blocks lie in the same memories, one for each rank; packed when it is sent.
 
-    memories: tuple[bytes, ...]
-    num_blocks: int
-    packed: bytes
+    An engine of one process sends nothing, and packing would take its step some tenths of a
+    millisecond.
+    """
+
+    __slots__ = ("_columns", "_packed", "memories")
+
+    def __init__(self, memories: tuple[bytes, ...], columns: Sequence[Numbers]) -> None:
+        """`columns` are the device blocks, then each rank's slots, `[num_blocks]` of uint32."""
+        self.memories = memories
+        self._columns = columns
+        self._packed: bytes | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks each rank loads."""
+        return len(self._columns[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """What it would take as it is."""
+        return sum(column.nbytes for column in self._columns)
+
+    @property
+    def packed(self) -> bytes:
+        """All columns in few bytes; see `packing`."""
+        if self._packed is None:
+            self._packed = _packed(self._columns)
+        return self._packed
 
     def of_rank(self, rank: int) -> RankLoad:
         """What `rank` has to copy."""
-        columns = unpack(self.packed, 1 + len(self.memories), self.num_blocks)
-        slots = array("I", columns[1 + rank].tobytes())
-        return RankLoad(Place(self.memories[rank], slots), columns[0].tolist())
+        slots = array("I", self._columns[1 + rank].tobytes())
+        return RankLoad(Place(self.memories[rank], slots), self._columns[0].tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PackedLoads):
+            return NotImplemented
+        return (self.memories, self.packed) == (other.memories, other.packed)
+
+    def __hash__(self) -> int:
+        return hash((self.memories, self.num_blocks))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (self.memories, self.num_blocks, self.packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +136,7 @@ def pack_loads(loads: Sequence[Load]) -> tuple[PackedLoads, ...]:
     parts: dict[tuple[bytes, ...], list[Load]] = {}
     for load in loads:
         parts.setdefault(tuple(place.memory for place in load.places), []).append(load)
-    return tuple(_packed(memories, part) for memories, part in parts.items())
+    return tuple(PackedLoads(memories, _columns(part)) for memories, part in parts.items())
 
 
 def num_saves_beside(loads: Sequence[PackedLoads]) -> int:
@@ -106,21 +144,30 @@ def num_saves_beside(loads: Sequence[PackedLoads]) -> int:
 
     Each run takes some more than its blocks: `SaveRun.room`.
     """
+    if sum(part.num_bytes for part in loads) <= _SMALL_BYTES:
+        return MAX_SAVES
     left_bytes = MAX_PLAN_BYTES - sum(len(part.packed) for part in loads)
     return min(MAX_SAVES, max(MIN_SAVES, left_bytes // SAVE_BYTES))
 
 
-def _packed(memories: tuple[bytes, ...], loads: Sequence[Load]) -> PackedLoads:
-    blocks = np.array([block for load in loads for block in load.device_blocks], np.uint32)
-    columns: list[Numbers] = [blocks]
-    for rank in range(len(memories)):
+def _columns(loads: Sequence[Load]) -> list[Numbers]:
+    columns = [np.array([block for load in loads for block in load.device_blocks], np.uint32)]
+    for rank in range(len(loads[0].places)):
         slots = array("I")
         for load in loads:
             slots += load.places[rank].slots[: len(load.device_blocks)]
         columns.append(np.frombuffer(slots, np.uint32))
+    return columns
+
+
+def _packed(columns: Sequence[Numbers]) -> bytes:
     packed = pack(columns)
     if len(packed) > _SORTED_FROM_BYTES:
         # Blocks may be copied in any order. Where all is scattered, one column at least is cheap.
-        order = np.argsort(blocks)
+        order = np.argsort(columns[0])
         packed = min(packed, pack([column[order] for column in columns]), key=len)
-    return PackedLoads(memories, len(blocks), packed)
+    return packed
+
+
+def _unpacked(memories: tuple[bytes, ...], num_blocks: int, packed: bytes) -> PackedLoads:
+    return PackedLoads(memories, unpack(packed, 1 + len(memories), num_blocks))
