@@ -58,7 +58,7 @@ def test_nothing_is_decided_for_who_wants_more_while_more_may_be_found(fetch: Fe
         (500, 200, 1.0, [8, 8, 32, 32, 32, 32, 28, 14, 8, 6]),
         (0, 30, 0.03, [8, 8, 8, 6]),  # fast, but it does not like long reads
         (16, 255, 0.03, [8, 8, 64, 64, 64, 32, 15]),  # whole objects
-        (500, 200, 0.03, [8, 8, 64, 64, 56]),
+        (500, 200, 0.03, [8, 8, 64, 64, 32, 24]),
     ],
 )
 def test_a_tier_that_likes_long_reads_gets_them_while_all_jobs_have_something_to_do(
