@@ -41,6 +41,12 @@ RETRY_S = 0.1
 REPORTS_WAIT_S = 0.005
 """How long reports wait for a request, or for more of their kind."""
 
+HELD_UP_S = 0.01
+"""A timer that is later than this tells of this process: its event loop was held up."""
+
+MOST_TIMES = 10
+"""How many times the time until a fallback is waited at most by a loop that is held up."""
+
 HANG_S = 5.0
 """A message without an answer for so long is given up; the router may be stuck."""
 
@@ -164,9 +170,8 @@ class BatchingRouterClient:
         self._report(Lost(replica_id, boot_id))
 
     async def _ask(self, request: RouteRequest) -> Route | None:
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._fallback_after_s, self._give_up, request.request_id)
-        asked = _Asked(request, loop.create_future(), timer, self._clock())
+        future = asyncio.get_running_loop().create_future()
+        asked = _Asked(request, future, self._timer(request.request_id), self._clock())
         self._asked[request.request_id] = asked
         self._unsent.append(request)
         self._sender.wake()
@@ -179,14 +184,28 @@ class BatchingRouterClient:
                 self._report(Finished(request.request_id))
             raise
         finally:
-            timer.cancel()
+            asked.timer.cancel()
+
+    def _timer(self, request_id: int, times: int = 1) -> asyncio.TimerHandle:
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + self._fallback_after_s
+        return loop.call_at(due_s, self._may_give_up, request_id, due_s, times)
+
+    def _may_give_up(self, request_id: int, due_s: float, times: int) -> None:
+        """Time is up; but in a loop that was held up, the answer may only not have been read."""
+        late_s = asyncio.get_running_loop().time() - due_s
+        asked = self._asked.get(request_id)
+        if asked is not None and late_s > HELD_UP_S and times < MOST_TIMES:
+            asked.timer = self._timer(request_id, times + 1)
+        else:
+            self._give_up(request_id)
 
     def _give_up(self, request_id: int) -> None:
         """The router is late: this request, and those that follow, are routed without it."""
-        self._is_away = True
         asked = self._asked.pop(request_id, None)
         if asked is None or asked.answer.done():
-            return
+            return  # it has come in this moment
+        self._is_away = True
         try:
             route = self._own_choice(asked.request, asked.started_s)
         except ReplicaUnavailableError as error:

@@ -7,6 +7,7 @@ do; that is what makes a prefix grow, and a cache worth having.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 from cluster.demo.asking import Answer, Asks, ask
 from cluster.demo.prompts import Message
@@ -25,12 +26,14 @@ async def hold_conversations(
     The requests of a conversation that no replica could go on with are missing.
     """
     answers: dict[str, Answer] = {}
+    # A long prompt takes milliseconds to tokenise: in the loop, all streams would wait for it.
+    with ThreadPoolExecutor(1, "demo-tokenise") as tokenising:
 
-    async def hold(script: ClientScript) -> None:
-        for conversation in script.conversations:
-            await _try_conversation(demo, asks, conversation, answers, on_answer)
+        async def hold(script: ClientScript) -> None:
+            for conversation in script.conversations:
+                await _try_conversation(demo, asks, conversation, tokenising, answers, on_answer)
 
-    await asyncio.gather(*map(hold, scripts))
+        await asyncio.gather(*map(hold, scripts))
     return answers
 
 
@@ -38,11 +41,12 @@ async def _try_conversation(
     demo: Demo,
     asks: Asks,
     conversation: Conversation,
+    tokenising: Executor,
     answers: dict[str, Answer],
     on_answer: Callable[[], None],
 ) -> None:
     try:
-        await _converse(demo, asks, conversation, answers, on_answer)
+        await _converse(demo, asks, conversation, tokenising, answers, on_answer)
     except ReplicaUnavailableError as error:
         logger.error("%s was lost: %s", conversation.conversation_id, error)
 
@@ -51,17 +55,19 @@ async def _converse(
     demo: Demo,
     asks: Asks,
     conversation: Conversation,
+    tokenising: Executor,
     answers: dict[str, Answer],
     on_answer: Callable[[], None],
 ) -> None:
-    sizes = demo.sizes.load
-    text = demo.prompts.cut(conversation.document.text, sizes.document_tokens)
+    sizes, aside = demo.sizes.load, asyncio.get_running_loop().run_in_executor
+    document = conversation.document.text
+    text = await aside(tokenising, demo.prompts.cut, document, sizes.document_tokens)
     messages: list[Message] = []
     for turn, question in enumerate(conversation.questions):
         asked = f"{text}\n\n{question}" if turn == 0 else question
         messages.append({"role": "user", "content": asked})
         request_id = f"{conversation.conversation_id}.{turn}"
-        prompt = demo.prompts.chat(messages)
+        prompt = await aside(tokenising, demo.prompts.chat, tuple(messages))
         answer = await ask(asks, greedy(request_id, prompt, sizes.output_tokens))
         answers[request_id] = answer
         messages.append({"role": "assistant", "content": answer.text})

@@ -1,6 +1,7 @@
 """An ingress and its router: what is sent together, and what happens while the router is away."""
 
 import asyncio
+import time
 from contextlib import suppress
 
 import pytest
@@ -163,6 +164,47 @@ async def test_a_router_that_is_silent_is_waited_for_a_moment_only():
     assert await asyncio.wait_for(client.route([], 8), 30) is not None
     assert client.is_away
     assert await client.route([], 8, avoid=("a", "b")) is None
+
+
+@pytest.mark.parametrize(("held_up_s", "is_away"), [(0.5, False), (0.0, True)])
+async def test_a_loop_that_is_held_up_does_not_take_its_router_for_silent(held_up_s, is_away):
+    """An answer that is there, and could not be read, is no sign of a router that is away."""
+    router = new_router("a", "b")
+    client = client_of(Link(router))
+    await client.route([], 8)
+    arrived = asyncio.Event()
+
+    class Later:
+        def __init__(self, batch: Batch) -> None:
+            self.reply = router.serve(batch)
+
+        def __await__(self):
+            yield from arrived.wait().__await__()
+            return self.reply
+
+    client._send = Later
+    client._fallback_after_s = 0.2
+    asked = asyncio.create_task(client.route([], 8))
+    await asyncio.sleep(0.05)
+    if held_up_s:
+        asyncio.get_running_loop().call_later(0.1, arrived.set)
+    time.sleep(held_up_s)
+    await asked
+    assert client.is_away is is_away
+    assert client.num_fallbacks == is_away
+
+
+async def test_a_loop_that_is_always_held_up_waits_for_its_router_some_time_only(monkeypatch):
+    monkeypatch.setattr("actors.router_client.HELD_UP_S", -1.0)
+    link = Link(new_router("a", "b"))
+    client = client_of(link)
+    await client.route([], 8)
+    link.is_silent = True
+    client._fallback_after_s = 0.01
+    began_s = time.monotonic()
+    assert await asyncio.wait_for(client.route([], 8), 30) is not None
+    assert time.monotonic() - began_s >= 0.1
+    assert client.is_away
 
 
 async def until_routed(client: BatchingRouterClient) -> None:
