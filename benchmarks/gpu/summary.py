@@ -1,6 +1,7 @@
 """One file of the GPU benchmarks' headline figures, from the files that they wrote.
 
-python -m benchmarks.gpu.summary --of h200 --json benchmarks/results/h200.json
+    python -m benchmarks.gpu.summary --of h200 --json benchmarks/results/h200.json \
+        --table benchmarks/results/h200.md --picture docs/images/gpu.png
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.pictures import draw, table
 from cluster.demo.report import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -52,11 +54,17 @@ def main() -> None:
     parser.add_argument("--of", default="h200", help="the machine in the files' names")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="write it as Markdown")
+    parser.add_argument("--picture", type=Path, help="draw it")
     options = parser.parse_args()
     found = summary(read_parts(options.folder, options.of))
     print(json.dumps(found, indent=2))
     if options.json:
         write_json(found, options.json)
+    if options.table:
+        options.table.write_text(table(found))
+    if options.picture:
+        draw(found, options.picture)
 
 
 if __name__ == "__main__":

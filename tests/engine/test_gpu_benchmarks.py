@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import cluster_load, decode, fetch, itl, ngram, summary, ttft, turns, two_gpus
+from benchmarks.gpu.pictures import table
 from tests.engine.conftest import ModelPath
 
 TTFT_KINDS = {"cold", "device", "host", "shared_page_cache", "shared_cold_disk"}
@@ -126,3 +127,12 @@ def test_the_committed_figures_are_those_of_their_parts() -> None:
     parts = summary.read_parts(summary.RESULTS, "h200")
     committed = json.loads((summary.RESULTS / "h200.json").read_text())
     assert summary.summary(parts) == committed
+    assert (summary.RESULTS / "h200.md").read_text() == table(committed)
+
+
+def test_the_summary_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    png, text = tmp_path / "gpu.png", tmp_path / "gpu.md"
+    found = run(summary, monkeypatch, tmp_path / "s.json", f"--picture={png}", f"--table={text}")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert text.read_text() == table(found)
+    assert "not measured" in table({**found, "ngram_speedup": None})
