@@ -19,8 +19,10 @@ PART_BYTES = 128 << 20
 """Blocks of so many bytes are loaded at a time: some milliseconds of the link."""
 
 MAX_PARTS = 8
-"""A longer prompt is loaded in larger parts, as each costs the engine's thread some work; but for
-its end, as its request waits for the last of them."""
+"""A longer prompt is loaded in larger parts, as each costs the engine's thread some work."""
+
+END_PARTS = 4
+"""Its end is loaded in shorter parts, so many for one: its request waits for the last of them."""
 
 Staging = Callable[[int], Awaitable[StagedPrefix | None]]
 """Gives leased blocks, once those before a position have come, and perhaps more of them; None when
@@ -40,10 +42,11 @@ class Parts:
 
         None: what is left goes with the request.
         """
-        size = least = max(1, PART_BYTES // self.block_bytes)
-        longer = -(-(self.end - self.start) // MAX_PARTS)
-        if self.end - position >= 2 * longer:
-            size = max(least, longer)
+        least = max(1, PART_BYTES // self.block_bytes)
+        size = -(-(self.end - self.start) // MAX_PARTS)
+        if self.end - position < 2 * size:
+            size //= END_PARTS
+        size = max(least, size)
         end = position + size
         return end if end < self.end else None
 

@@ -45,7 +45,7 @@ HELD_UP_S = 0.01
 """A timer that is later than this tells of this process: its event loop was held up."""
 
 MOST_TIMES = 10
-"""How many times the time until a fallback is waited at most by a loop that is held up."""
+"""How often such a loop waits once more, as long as it was late, for what may be there."""
 
 HANG_S = 5.0
 """A message without an answer for so long is given up; the router may be stuck."""
@@ -171,7 +171,8 @@ class BatchingRouterClient:
 
     async def _ask(self, request: RouteRequest) -> Route | None:
         future = asyncio.get_running_loop().create_future()
-        asked = _Asked(request, future, self._timer(request.request_id), self._clock())
+        timer = self._timer(request.request_id, self._fallback_after_s)
+        asked = _Asked(request, future, timer, self._clock())
         self._asked[request.request_id] = asked
         self._unsent.append(request)
         self._sender.wake()
@@ -186,17 +187,18 @@ class BatchingRouterClient:
         finally:
             asked.timer.cancel()
 
-    def _timer(self, request_id: int, times: int = 1) -> asyncio.TimerHandle:
+    def _timer(self, request_id: int, after_s: float, times: int = 1) -> asyncio.TimerHandle:
         loop = asyncio.get_running_loop()
-        due_s = loop.time() + self._fallback_after_s
+        due_s = loop.time() + after_s
         return loop.call_at(due_s, self._may_give_up, request_id, due_s, times)
 
     def _may_give_up(self, request_id: int, due_s: float, times: int) -> None:
         """Time is up; but in a loop that was held up, the answer may only not have been read."""
         late_s = asyncio.get_running_loop().time() - due_s
         asked = self._asked.get(request_id)
-        if asked is not None and late_s > HELD_UP_S and times < MOST_TIMES:
-            asked.timer = self._timer(request_id, times + 1)
+        is_held_up = late_s > HELD_UP_S and times < MOST_TIMES and not self._is_away
+        if asked is not None and is_held_up:
+            asked.timer = self._timer(request_id, min(self._fallback_after_s, late_s), times + 1)
         else:
             self._give_up(request_id)
 

@@ -1,6 +1,7 @@
 """What is known of blocks on their way: one record per run, shared by all who want its blocks."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -72,7 +73,7 @@ class Fetch:
     leased by this fetch; it holds its leases until it is done and nobody uses it any more. `read`
     are the blocks that a tier delivered. `jobs` are what it waits for. `was_skipped`: a tier was
     not asked, as its answer alone would have come too late; `is_unreadable`: a tier did not give
-    what it had named. `is_fast`: the last piece came fast.
+    what it had named. `fast_tier`: its last piece came fast.
     """
 
     chain: tuple[BlockHash, ...]
@@ -90,7 +91,7 @@ class Fetch:
     is_abandoned: bool = False
     was_skipped: bool = False
     is_unreadable: bool = False
-    is_fast: bool = False
+    fast_tier: Tier | None = None
     num_users: int = 0
     wanted: set[int] = field(default_factory=set)
     jobs: list[Job] = field(default_factory=list)
@@ -139,12 +140,12 @@ class Fetch:
             num_blocks = min(num_blocks, self.num_awaited)
         return self.is_done or self.num_arrived >= num_blocks
 
-    def next_piece(self, num_at_once: int) -> tuple[Tier, int, int] | None:
+    def next_piece(self, num_at_once: int, block_bytes: int) -> tuple[Tier, int, int] | None:
         """The tier and the place of the next blocks to read; None when there are none now.
 
         A tier that likes long reads gets them, as each costs questions to the host tier; but all of
-        `num_at_once` jobs get something to do, and the first two reads are short, for who has not
-        the time for more.
+        `num_at_once` jobs get something to do, where they are not fast, and the first two reads are
+        short, for who has not the time for more.
         """
         start = self.num_submitted
         if start >= self.num_wanted:
@@ -154,16 +155,23 @@ class Fetch:
         size, long = BLOCKS_PER_PIECE, min(tier.blocks_per_read, MOST_BLOCKS_PER_PIECE)
         if start >= 2 * BLOCKS_PER_PIECE and long > size:
             fair_share = -(-(end - start) // num_at_once)
-            if self.is_fast:  # in whole objects, which are often as long as such reads
+            if self._is_fast(tier, FAST_BLOCKS_PER_PIECE * block_bytes):
+                # In whole objects, which are often as long as such reads.
                 fair_share += -fair_share % long
                 long = FAST_BLOCKS_PER_PIECE
             size = max(size, min(fair_share, long))
         return tier, start, min(start + size, end)
 
-    def saw_read(self, num_blocks: int, num_bytes: int, seconds: float) -> None:
-        """A piece of so many blocks took so long, with all that was asked for it."""
+    def saw_read(self, tier: Tier, num_blocks: int, num_bytes: int, seconds: float) -> None:
+        """So much came from `tier` in so long by one read, with all that was asked for it."""
         if num_blocks >= BLOCKS_PER_PIECE:
-            self.is_fast = num_bytes >= FAST_BYTES_PER_S * seconds
+            is_fast = num_bytes >= FAST_BYTES_PER_S * seconds
+            self.fast_tier = tier if is_fast else None
+
+    def _is_fast(self, tier: Tier, num_bytes: int) -> bool:
+        """Whether a piece of so much from `tier` comes in time, if it is as fast as before."""
+        left_s = self.deadline_s - time.monotonic()
+        return tier is self.fast_tier and num_bytes <= FAST_BYTES_PER_S * left_s
 
     def finished(self, start: int, end: int, num_here: int) -> bool:
         """A piece ended with `num_here` blocks; advances over pieces that are complete in order.

@@ -206,6 +206,8 @@ class Fetcher:
         num_more = tier.num_stored(fetch.chain[: start + num_blocks], start)
         self._gate.saw_look_up(tier.url, time.monotonic() - since_s)
         while num_more == num_blocks and start + num_blocks < len(fetch.chain):
+            if fetch.is_done or fetch.is_cut_short:
+                break
             self._found(fetch, tier, num_more)
             start, num_blocks = start + num_blocks, LOOK_UP_GROWTH * num_blocks
             num_more = tier.num_stored(fetch.chain[: start + num_blocks], start)
@@ -270,7 +272,7 @@ class Fetcher:
     def _go_on(self, fetch: Fetch) -> None:
         """Submit the next pieces, or finish when none is left; the lock is held."""
         while not self._is_closed and len(fetch.jobs) < self._pieces_at_once:
-            following = fetch.next_piece(self._pieces_at_once)
+            following = fetch.next_piece(self._pieces_at_once, self._block_bytes)
             if following is None:
                 break
             tier, start, end = following
@@ -283,15 +285,15 @@ class Fetcher:
 
     def _read_piece(self, fetch: Fetch, job: Job, piece: Piece) -> None:
         """Read a piece from one tier; what that one cannot give after all, from the next one."""
-        lacks_more, since_s = False, time.monotonic()
+        lacks_more, since_s, num_before = False, time.monotonic(), len(piece.read)
         try:
             lacks_more = self._reader.read(piece, job.tier)
         finally:  # whatever happens, nobody may wait for this piece for ever
             following = self._tiers.behind(job.tier) if lacks_more else None
             with self._changed:
                 fetch.jobs.remove(job)
-                num_read = len(piece.read)
-                fetch.saw_read(num_read, num_read * self._block_bytes, time.monotonic() - since_s)
+                num_read, took_s = len(piece.read) - num_before, time.monotonic() - since_s
+                fetch.saw_read(job.tier, num_read, num_read * self._block_bytes, took_s)
                 self._take_over(fetch, piece)
                 if fetch.is_done:
                     self._in_flight.release_unused(fetch)

@@ -51,7 +51,7 @@ def check_request(request: GenerationRequest, vocab_size: int, max_total_tokens:
 @lru_cache(maxsize=8)
 def _token_outside(prompt: tuple[int, ...], vocab_size: int) -> int | None:
     """The first token that is none; remembered, as a prompt is checked with each of its parts."""
-    with suppress(OverflowError):  # one is negative, or very large
+    with suppress(OverflowError, TypeError):  # one is negative, or very large, or no number
         if np.frombuffer(array("I", prompt), np.uint32).max() < vocab_size:
             return None
     return next((token for token in prompt if not 0 <= token < vocab_size), None)

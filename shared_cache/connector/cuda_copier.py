@@ -5,6 +5,7 @@ streams would read or write a block that a forward pass still uses. So these cop
 the engine's streams, and wait for none.
 """
 
+import logging
 import queue
 import threading
 import weakref
@@ -21,6 +22,8 @@ from shared_cache.connector.batched import BatchedCopies, MemoryCopy
 from shared_cache.connector.copies import BlockLoad, BlockSave, OnDone, OnFailed, OnLoaded
 from shared_cache.connector.pinned import PinnedMemory
 from shared_cache.readers.memory import address_of
+
+logger = logging.getLogger(__name__)
 
 
 class CudaCopier:
@@ -192,7 +195,10 @@ def _tell_all(loads: _Loads, device: torch.device) -> None:
         done, on_done = load
         with suppress(RuntimeError):  # who is told asks, and meets the error
             done.synchronize()
-        on_done()
+        try:
+            on_done()
+        except Exception:
+            logger.exception("the end of a load could not be told")
         del load, done, on_done
 
 

@@ -94,9 +94,11 @@ class Reader:
                 return
             message = reader_decoder.decode(data)
             if isinstance(message, Forget):
-                del self._memories[message.memory]
-            else:
-                self._handle(message, *files)
+                self._memories.pop(message.memory, None)
+            elif files:
+                self._handle(message, files[0])
+            elif isinstance(message, Read):  # this process may open no more files
+                self._send(Done(message.id, bytes(len(message.rows))))
 
     def _handle(self, message: Message, file: int) -> None:
         if isinstance(message, Read):

@@ -101,8 +101,10 @@ class RunFinder:
         if checked is not None:
             checked.update(names)
         probes = [partial(self.probe, name, expected=False) for name in names]
-        is_quick = self._probed_s < AT_ONCE_S
-        heads = [probe() for probe in probes] if is_quick else ask_all(probes)
+        heads: list[RunHead | None] = []
+        while len(heads) < len(probes) and self._probed_s < AT_ONCE_S:
+            heads.append(probes[len(heads)]())
+        heads += ask_all(probes[len(heads) :])
         return dict(zip(unknown, heads, strict=True))
 
     def probe(self, name: str, *, expected: bool = True) -> RunHead | None:
@@ -111,6 +113,7 @@ class RunFinder:
         try:
             head = read_head(self._medium, name, self._namespace)
         except FileNotFoundError:
+            self._probed_s = time.monotonic() - began_s
             if expected:
                 self.faults.count("vanished", name, "it is gone")
         except ForeignBlockError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from threading import Event, Lock
 from typing import Any
 
@@ -35,6 +35,12 @@ pieces, that limits: fewer of them were twice as fast on 16 cores."""
 
 MIN_BLOCK_BYTES_OUTSIDE = 256 << 10
 """Smaller blocks are copied several at a time here, and one by one there."""
+
+OBJECTS_AT_ONCE = 8
+"""Open for another process at a time, by one read: descriptors are few."""
+
+Part = tuple[Place, Sequence[BlockHash], Sequence[memoryview]]
+"""Where blocks are said to lie, which they are, and a buffer for each."""
 
 _OBJECT_NAME = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.arrow")
 
@@ -83,7 +89,7 @@ def read_blocks(
 
 def read_outside(
     medium: Medium,
-    parts: Iterable[tuple[Place, Sequence[BlockHash], Sequence[memoryview]]],
+    parts: Iterable[Part],
     *,
     note_use: bool = False,
 ) -> tuple[int, ...]:
@@ -92,6 +98,17 @@ def read_outside(
     Each part is a place, the hashes said to lie there, and as many buffers. Only what lies in the
     page cache, as it is, is read in this way. When this returns, nobody writes to any buffer.
     """
+    checksums: list[int] = []
+    waiting = iter(parts)
+    while batch := list(islice(waiting, OBJECTS_AT_ONCE)):
+        good = _read_outside(medium, batch, note_use)
+        checksums += good
+        if len(good) < sum(len(hashes) for _, hashes, _ in batch):
+            break
+    return tuple(checksums)
+
+
+def _read_outside(medium: Medium, parts: Sequence[Part], note_use: bool) -> list[int]:
     running: list[tuple[Callable[[], bool], Reader, Place, int]] = []
     with ExitStack() as opened:
         try:
@@ -101,8 +118,8 @@ def read_outside(
                 if is_done is None:
                     break
                 running.append((is_done, reader, place, len(hashes)))
-        except FileNotFoundError:
-            pass  # `read_blocks` notices that, too
+        except OSError:
+            pass  # `read_blocks` meets it, too
         finally:
             are_good = [is_done() for is_done, *_ in running]
         checksums: list[int] = []
@@ -112,7 +129,7 @@ def read_outside(
             checksums += place.head.checksums[place.row : place.row + num_blocks]
             if note_use:
                 reader.note_use()
-    return tuple(checksums)
+    return checksums
 
 
 def _read_head_once(medium: Medium, name: str, namespace: Namespace) -> RunHead:

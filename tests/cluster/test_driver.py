@@ -139,7 +139,9 @@ async def test_kill_9_loses_no_request_and_the_replica_comes_back(cluster):
     assert {said(routed) for routed in results} == {expected}
     moved = [routed for routed in results if routed[-1].num_failovers]
     assert len(moved) >= 2
-    assert all(routed[0].replica_id == victim != routed[-1].replica_id for routed in moved)
+    # One that waited for its first token came from the other one only.
+    assert any(routed[0].replica_id == victim for routed in moved)
+    assert all(routed[-1].replica_id != victim for routed in moved)
     after = await eventually(lambda: alive(cluster) if len(alive(cluster)) == 2 else None)
     assert after[victim] != before[victim]
 

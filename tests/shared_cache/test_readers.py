@@ -1,8 +1,10 @@
 """The process that reads beside its replica: what it brings is right, and it may die any time."""
 
+import errno
 import json
 import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import pytest
 from shared_cache.checksum import block_checksum, checksum_seed
 from shared_cache.config import CacheConfig, CostConfig
 from shared_cache.hashing import BlockHash
+from shared_cache.media.local_medium import LocalMedium
 from shared_cache.opening import open_cache
 from shared_cache.readers.messages import Row
 from shared_cache.readers.process import ReaderProcess, num_threads_for
@@ -384,6 +388,73 @@ def test_several_objects_are_read_at_once(
     assert whole_piece(cache, several_objects) == (40, True)
     assert asked.most_at_once == 8
     assert all(asked.answers)
+
+
+def test_what_follows_an_object_that_is_on_disk_is_read_by_it_all_the_same(
+    cache: SharedCache,
+    asked: Counted,
+    several_objects: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares = iter([1.0, 0.0, 0.0])  # the second one, asked for once more by who reads it here
+    monkeypatch.setattr(
+        "shared_cache.media.page_cache.share_in_memory", lambda *_: next(shares, 1.0)
+    )
+    assert whole_piece(cache, several_objects) == (40, True)
+    assert asked.answers == [True] * 7
+
+
+def test_descriptors_that_run_out_are_no_fault_of_the_store(
+    cache: SharedCache,
+    asked: Counted,
+    several_objects: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who reads one object at a time needs fewer of them."""
+    opened, num_open, most = LocalMedium.open, 0, 3
+
+    @contextmanager
+    def counted(medium: LocalMedium, name: str) -> Iterator[Any]:
+        nonlocal num_open
+        if num_open == most:
+            raise OSError(errno.EMFILE, "too many open files")
+        num_open += 1
+        try:
+            with opened(medium, name) as reader:
+                yield reader
+        finally:
+            num_open -= 1
+
+    monkeypatch.setattr(LocalMedium, "open", counted)
+    assert whole_piece(cache, several_objects) == (40, True)
+    assert cache.stats().store_faults == 0
+    most = 1
+    assert whole_piece(cache, several_objects) == (40, True)
+
+
+def test_more_objects_than_may_be_open_are_read_in_turns(
+    cache: SharedCache,
+    asked: Counted,
+    several_objects: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_objects, "OBJECTS_AT_ONCE", 3)
+    asked.most_at_once = 0
+    assert whole_piece(cache, several_objects) == (40, True)
+    assert asked.most_at_once == 3
+    assert asked.answers == [True] * 8
+
+
+def test_a_reader_that_may_open_no_more_files_says_so(
+    reader: ReaderProcess, memory: Memory
+) -> None:
+    number = memory.number_in(reader)
+    assert reader.begin(number, memory.file, [memory.row(0, 0)])()
+    before = resource.prlimit(reader.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(reader.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    assert not reader.begin(number, memory.file, [memory.row(0, 0)])()
+    resource.prlimit(reader.pid, resource.RLIMIT_NOFILE, before)
+    assert reader.begin(number, memory.file, [memory.row(0, 0)])()
 
 
 @pytest.mark.parametrize("fault", ["damaged", "gone", "cut short", "on disk"])
