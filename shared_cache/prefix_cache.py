@@ -57,12 +57,7 @@ class PrefixCache(Protocol):
         """Lease once more what this process has leased now, from `first` on; *in the step*."""
 
     def lease_coming(
-        self,
-        hashes: Sequence[BlockHash],
-        first: int,
-        enough: int,
-        scope: ReuseScope,
-        wait_s: float,
+        self, hashes: Sequence[BlockHash], first: int, enough: int, scope: ReuseScope, wait_s: float
     ) -> StagedPrefix:
         """Lease once more what has come of `hashes[first:]`, by a `grow`, with block `enough - 1`.
 

@@ -116,12 +116,7 @@ class ShardedCache:
         return self._together(nothing, [partial(look_up, shard) for shard in self.shards])
 
     def lease_coming(
-        self,
-        hashes: Sequence[BlockHash],
-        first: int,
-        enough: int,
-        scope: ReuseScope,
-        wait_s: float,
+        self, hashes: Sequence[BlockHash], first: int, enough: int, scope: ReuseScope, wait_s: float
     ) -> StagedPrefix:
         """See `PrefixCache.lease_coming`; no shard leases more than those before it have."""
         nothing, end = StagedPrefix(NO_LEASE, first=first, scope=scope), len(hashes)

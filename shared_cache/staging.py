@@ -135,12 +135,7 @@ class SharedCache:
         return StagedPrefix(self.host.lease_held(hashes[first:]), first=first, scope=scope)
 
     def lease_coming(
-        self,
-        hashes: Sequence[BlockHash],
-        first: int,
-        enough: int,
-        scope: ReuseScope,
-        wait_s: float,
+        self, hashes: Sequence[BlockHash], first: int, enough: int, scope: ReuseScope, wait_s: float
     ) -> StagedPrefix:
         """See `PrefixCache.lease_coming`."""
         until_s = time.monotonic() + wait_s

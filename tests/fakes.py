@@ -225,12 +225,7 @@ class FakeCache:
         return self._lease(hashes, staged.first, len(hashes))
 
     def lease_coming(
-        self,
-        hashes: Sequence[BlockHash],
-        first: int,
-        enough: int,
-        scope: ReuseScope,
-        wait_s: float,
+        self, hashes: Sequence[BlockHash], first: int, enough: int, scope: ReuseScope, wait_s: float
     ) -> StagedPrefix:
         return self.grow(StagedPrefix(HostLease(-1, ()), first=first), hashes[:enough], wait_s)
 

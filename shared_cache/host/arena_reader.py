@@ -34,6 +34,11 @@ class ArenaReader:
         self._is_wanted = self._num_threads > 0
         self._process: ReaderProcess | None = None
 
+    @property
+    def may_start(self) -> bool:
+        """Whether there is ever a process, on this machine and with these settings."""
+        return self._num_threads > 0
+
     def find(
         self,
         arenas: Sequence[MappedArena],

@@ -101,7 +101,8 @@ class OwnerSession:
                 if time.monotonic() > deadline_s:
                     raise ConfigError(f"the owner of {terms.paths.arena}: {error}") from error
         _sessions.add(self)
-        add_mapped(self)
+        if self._reader.may_start:
+            add_mapped(self)
         self._thread.start()
         self._has_stock.wait(STOCK_TIMEOUT_S)
 

@@ -45,6 +45,12 @@ def add_mapped(memory: MappedMemory) -> None:
         _mapped.add(memory)
 
 
+def is_any_mapped() -> bool:
+    """Whether any buffer can lie in such memory."""
+    with _lock:
+        return bool(_mapped)
+
+
 def outside_buffers(buffers: Sequence[memoryview]) -> OutsideBuffers | None:
     """What a reader process knows of these buffers, which are equally long; None: nothing."""
     with _lock:

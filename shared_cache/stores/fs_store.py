@@ -31,9 +31,14 @@ from shared_cache.stores.codec import encode
 from shared_cache.stores.codec_choice import CodecChoice
 from shared_cache.stores.compression import PLAIN, CodecSetting, check_codec
 from shared_cache.stores.finding import RunFinder
-from shared_cache.stores.known_runs import Place
 from shared_cache.stores.refreshing import Refresher
-from shared_cache.stores.run_objects import is_object_name, object_name, read_blocks, read_outside
+from shared_cache.stores.run_objects import (
+    Part,
+    is_object_name,
+    object_name,
+    read_blocks,
+    read_outside,
+)
 from shared_cache.stores.store import BlockRun, BlockStore, StoredRun
 from shared_cache.stores.store_access import check_readable, try_to_write
 from shared_cache.stores.store_faults import StoreFaults
@@ -146,9 +151,8 @@ class FsBlockStore(BlockStore):
                 )
                 checksums.extend(good)
                 if len(good) == len(wanted):
-                    checksums += self._read_outside(
-                        hashes[done + len(good) :], buffers[done + len(good) :]
-                    )
+                    done += len(good)
+                    checksums += self._read_outside(hashes[done:], buffers[done:])
                     continue
                 num_faults += 1
                 head = self._runs.probe(place.name)
@@ -248,7 +252,7 @@ class FsBlockStore(BlockStore):
         if sum(buffer.nbytes for buffer in buffers) < MIN_BYTES_OUTSIDE:
             return ()
 
-        def parts() -> Iterator[tuple[Place, Sequence[BlockHash], Sequence[memoryview]]]:
+        def parts() -> Iterator[Part]:
             start = 0
             while start < len(hashes) and (place := self._runs.known.find(hashes[start])):
                 end = start + place.num_common(hashes[start:])

@@ -20,7 +20,7 @@ from shared_cache.hashing import BlockHash
 from shared_cache.media.medium import Medium, Reader
 from shared_cache.namespace import Namespace
 from shared_cache.parallel import MAX_HELPERS, run_all
-from shared_cache.readers.memory import outside_buffers
+from shared_cache.readers.memory import is_any_mapped, outside_buffers
 from shared_cache.stores import codec
 from shared_cache.stores.codec import RunHead
 from shared_cache.stores.compression import decompress
@@ -88,10 +88,7 @@ def read_blocks(
 
 
 def read_outside(
-    medium: Medium,
-    parts: Iterable[Part],
-    *,
-    note_use: bool = False,
+    medium: Medium, parts: Iterable[Part], *, note_use: bool = False
 ) -> tuple[int, ...]:
     """What a reader process brings of `parts`, all objects at once; as `read_blocks` otherwise.
 
@@ -99,7 +96,7 @@ def read_outside(
     page cache, as it is, is read in this way. When this returns, nobody writes to any buffer.
     """
     checksums: list[int] = []
-    waiting = iter(parts)
+    waiting = iter(parts if is_any_mapped() else ())
     while batch := list(islice(waiting, OBJECTS_AT_ONCE)):
         good = _read_outside(medium, batch, note_use)
         checksums += good
@@ -194,8 +191,10 @@ def _begin_outside(
     if reader.file is None or place.head.ends or block_bytes < MIN_BLOCK_BYTES_OUTSIDE:
         return None
     start, end = place.head.place_of(place.row, len(hashes), block_bytes)
+    if not reader.is_in_memory(start, end - start):
+        return None
     outside = outside_buffers(buffers)
-    if outside is None or not reader.is_in_memory(start, end - start):
+    if outside is None:
         return None
     checksums = place.head.checksums[place.row : place.row + len(hashes)]
     rows = [

@@ -218,9 +218,10 @@ class TorchEngine:
             return None
         if ran:
             return 0
-        if self._turns.is_loading and not self._turns.is_holding:
-            return self._loading_retry_s
-        return min(_RETRY_S, self._loading_retry_s)
+        if not self._turns.is_loading:
+            return _RETRY_S
+        most_s = _RETRY_S if self._turns.is_holding else _LOADING_TOLD_S
+        return min(most_s, self._loading_retry_s)
 
 
 def _limits(config: EngineConfig) -> Limits:
